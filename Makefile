@@ -1,0 +1,62 @@
+# Fourstep: the commands of this repository.  `make` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The release that the tests use.  Its file depends on the index that pip is told to use (CPU or CUDA build),
+# so it is pinned by version here and every other package by hash in locks/.
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+PROMPT ?= a red circle moves left on a black background
+OUT    ?= outputs
+WORKERS ?= $(shell nproc)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-score demo-train test lint typecheck format locks clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(VENV)/.runtime: locks/cpu.txt pyproject.toml
+	@echo "Setting up $(VENV) (once; about a minute) ..." >&2
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; install it and run make again." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --require-hashes -r locks/cpu.txt
+	@$(PIP) install $(TORCH)
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime locks/dev.txt
+	@echo "Adding the test tools ..." >&2
+	@$(PIP) install --require-hashes -r locks/dev.txt
+	@touch $@
+
+setup: $(VENV)/.runtime  ## virtual environment with the pinned dependencies
+
+demo: $(VENV)/.runtime  ## make a video from the demo checkpoint that is in this repository (PROMPT="...")
+	@mkdir -p $(OUT)
+	@$(BIN)/t2v generate --model demo --device cpu --prompt "$(PROMPT)" --output $(OUT)/demo.mp4 --overwrite --contact-sheet
+
+demo-score: $(VENV)/.runtime  ## score the demo checkpoint on combinations that it was not trained on
+	@for variant in bf16 fp8 int8; do $(BIN)/python -m demo.evaluate --variant $$variant --prompts 108 || exit 1; done
+
+demo-train: $(VENV)/.runtime  ## train the demo checkpoint again (needs a GPU; see docs/demo.md)
+	$(BIN)/python -m demo.train --out demo/weights
+
+test: $(VENV)/.dev  ## every test that needs no GPU
+	$(BIN)/python -m pytest -n $(WORKERS) tests/unit tests/parity
+
+lint: $(VENV)/.dev  ## ruff, format check and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+locks: $(VENV)/.dev  ## resolve locks/ again from pyproject.toml
+	@./locks/compile.sh
+
+clean:  ## remove the virtual environment and the caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,201 @@
+"""`t2v`: the program that a shell or a container starts. It parses, calls the engine, and prints.
+
+A first argument that is an option, or none at all, means `generate`. Every option may also come from the
+environment as T2V_<OPTION>. stdout carries the result alone (a path, a table, or JSON), stderr the rest.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+import click
+from click.core import ParameterSource
+
+from entrypoint import failures
+from entrypoint.options import (
+    SectionedCommand,
+    fps_option,
+    latents_option,
+    model_options,
+    output_options,
+    request_options,
+    talk_options,
+)
+from runtime.errors import RequestError
+from runtime.request import Request
+
+DEFAULT_VERB = "generate"
+ENVIRONMENT = "T2V"
+OWN_OPTIONS = ("--help", "-h", "--version")  # of the program itself, not of `generate`
+
+SETTINGS: dict[str, Any] = {
+    "auto_envvar_prefix": ENVIRONMENT,  # for verbs too: T2V_PROFILE, not T2V_GENERATE_PROFILE
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 120,
+}
+
+EPILOG = """\b
+Examples:
+  t2v --model demo                          a small video in seconds, nothing to download
+  t2v --prompt "A red fox runs in snow."    the 14B model, its weights in /weights
+  t2v --prompt-file fox.txt --seed 7 --output fox.mp4
+  t2v generate --help                       every option of generate, which is the default
+
+\b
+Exit codes: 0 done, 2 bad arguments, 3 weights missing or corrupt, 4 does not fit, 5 device or driver,
+6 the output failed its check, 7 out of memory, 130 interrupted.
+"""
+
+
+class Program(click.Group):
+    """A group with a default verb, whose errors are sentences and exit codes."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the default verb where the first argument is none."""
+        if not args or (args[0].startswith("-") and args[0] not in OWN_OPTIONS):
+            args = [DEFAULT_VERB, *args]
+        return super().parse_args(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:
+        """Run the program and exit; whatever was raised is told here, once."""
+        given = list(sys.argv[1:] if args is None else args)
+        status: int | None
+        try:
+            status = super().main(given, *rest, **(extra | {"standalone_mode": False, "prog_name": "t2v"}))
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the edge: what passes here is a bare traceback
+            status = failures.report(error, as_json=_wants("json", given), debug=_wants("debug", given))
+        sys.exit(status or 0)
+
+
+def _wants(flag: str, args: list[str]) -> bool:
+    """Whether a flag is set; needed even when the arguments cannot be parsed."""
+    setting = os.environ.get(f"{ENVIRONMENT}_{flag.upper()}", "").lower()
+    return f"--{flag}" in args or setting in ("1", "true", "t", "yes", "y", "on")
+
+
+@click.group(name="t2v", cls=Program, context_settings=SETTINGS, epilog=EPILOG)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    allow_from_autoenv=False,
+    callback=lambda ctx, _, asked: _show_version(ctx, asked),
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """Text to video in four steps, on the GPU you have."""
+
+
+@cli.command(cls=SectionedCommand, context_settings=SETTINGS)
+@request_options
+@model_options()
+@output_options
+@latents_option
+@talk_options
+@click.pass_context
+def generate(ctx: click.Context, **given: Any) -> None:
+    """Make one video from a prompt (the default)."""
+    from entrypoint import generate as run
+
+    request = Request(
+        prompt=_prompt(ctx, given["prompt"], given["prompt_file"]),
+        **{name: given[name] for name in REQUEST_FIELDS},
+    )
+    run.generate(request, _where(given), save_latents=given["save_latents"], as_json=given["json"])
+
+
+REQUEST_FIELDS = (
+    *("seed", "height", "width", "frames", "fps", "steps", "sampler"),
+    *("guidance", "negative_prompt", "noise_device", "accept_nonstandard"),
+)
+
+
+@cli.command(cls=SectionedCommand, context_settings=SETTINGS)
+@click.argument("latents", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@fps_option(default="that of the latents")
+@model_options(default="that of the latents")
+@output_options
+@talk_options
+def decode(latents: Path, **given: Any) -> None:
+    """Make the video of kept latents.
+
+    LATENTS is a file that --save-latents wrote, or a run that failed late.
+    """
+    from entrypoint import decode as run
+
+    run.decode(latents, _where(given), fps=given["fps"], as_json=given["json"])
+
+
+@cli.command(cls=SectionedCommand, context_settings=SETTINGS)
+@click.argument("name", required=False)
+@talk_options
+def profiles(name: str | None, json: bool, debug: bool) -> None:
+    """List the profiles of cards, or show one."""
+    from entrypoint import shelves
+
+    shelves.show_profiles(name, as_json=json)
+
+
+@cli.command(cls=SectionedCommand, context_settings=SETTINGS)
+@click.argument("name", required=False)
+@talk_options
+def models(name: str | None, json: bool, debug: bool) -> None:
+    """List the models, or show one."""
+    from entrypoint import shelves
+
+    shelves.show_models(name, as_json=json)
+
+
+def _show_version(ctx: click.Context, asked: bool) -> None:
+    if not asked:
+        return
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        number = version("fourstep")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
+        number = tomllib.loads(project.read_text())["project"]["version"]
+    click.echo(f"t2v {number}")
+    ctx.exit()
+
+
+def _where(given: dict[str, Any]) -> Any:
+    from entrypoint.generate import Where
+
+    names = ("model", "weights", "profile", "device", "output", "overwrite", "contact_sheet")
+    return Where(**{name: given[name] for name in names})
+
+
+def _prompt(ctx: click.Context, text: str | None, file: TextIO | None) -> str | None:
+    """The prompt, from whichever option was given; the command line wins over the environment."""
+    if text is not None and file is not None:
+        sources = {name: ctx.get_parameter_source(name) for name in ("prompt", "prompt_file")}
+        if sources["prompt"] == sources["prompt_file"]:
+            raise RequestError("Both --prompt and --prompt-file are given; leave one out.")
+        if sources["prompt"] == ParameterSource.COMMANDLINE:
+            return text
+    if file is None:
+        return text
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{file.name} is not UTF-8 text ({error.reason}); save the prompt as UTF-8."
+        ) from error
+
+
+def main() -> NoReturn:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _interrupt)  # `docker stop`: leave as cleanly as on Ctrl-C
+    cli.main()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

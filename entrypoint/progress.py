@@ -1,0 +1,153 @@
+"""The reporters for people, on stderr: bars on a terminal, one line a step elsewhere, a table at the end."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import click
+
+from entrypoint.events import JsonReporter, Reporter, Result, tell, tell_warning
+from entrypoint.meter import Peak
+from entrypoint.table import aligned, duration, size
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Stage
+
+TITLES = {
+    "load": "load weights",
+    "text": "read prompt",
+    "denoise": "denoise",
+    "decode": "decode",
+    "save": "write video",
+}
+LOAD_LINE_SECONDS = 5.0
+
+
+def make_reporter(phases: dict[str, int], *, as_json: bool) -> Reporter:
+    """The reporter that suits where stderr goes."""
+    if as_json:
+        return JsonReporter(phases)
+    return LiveReporter(phases) if sys.stderr.isatty() else LineReporter(phases)
+
+
+class HumanReporter(Reporter):
+    """What both displays share: the line before, warnings, and the table at the end."""
+
+    def start(self, summary: str) -> None:
+        tell(summary)
+
+    def warn(self, message: str) -> None:
+        tell_warning(message)
+
+    def result(self, result: Result) -> None:
+        for line in summary(result):
+            click.echo(line, err=True)
+        click.echo(result.path)
+
+
+class LineReporter(HumanReporter):
+    """One line a step, for logs."""
+
+    def __init__(self, phases: dict[str, int]) -> None:
+        super().__init__(phases)
+        self._told = 0.0  # seconds into the loading, which comes in a hundred pieces
+
+    def stage(self, stage: "Stage") -> None:
+        done = f"{stage.step}/{stage.steps}"
+        if stage.phase == "load":
+            if stage.step < stage.steps and stage.seconds - self._told < LOAD_LINE_SECONDS:
+                return
+            self._told = stage.seconds
+            done = f"{stage.step}%, {size(stage.bytes)}"
+        left = f", {duration(stage.eta)} left" if stage.eta else ""
+        title = TITLES.get(stage.phase, stage.phase)
+        click.echo(f"{title} {done}, {duration(stage.seconds)}{left}", err=True)
+
+
+class LiveReporter(HumanReporter):
+    """A bar for each phase, the running one with its clock; they go when the run is over."""
+
+    def __init__(self, phases: dict[str, int]) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        super().__init__(phases)
+        self._bars = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", style="progress.remaining"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._tasks = {
+            phase: self._bars.add_task(
+                TITLES.get(phase, phase), start=False, visible=False, total=steps, left=""
+            )
+            for phase, steps in phases.items()
+        }
+        self._begin(next(iter(phases)))
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def warn(self, message: str) -> None:
+        # Through the display's own console, which prints above the bars and not into them.
+        from rich.markup import escape
+
+        self._bars.console.print(f"t2v: [bold yellow]warning:[/] {escape(message)}", highlight=False)
+
+    def stage(self, stage: "Stage") -> None:
+        left = f"{duration(stage.eta)} left" if stage.eta else ""
+        self._bars.update(self._tasks[stage.phase], total=stage.steps, completed=stage.step, left=left)
+        if stage.step == stage.steps:
+            self._bars.stop_task(self._tasks[stage.phase])
+            later = [*self.phases][[*self.phases].index(stage.phase) + 1 :]
+            if later:
+                self._begin(later[0])
+
+    def _begin(self, phase: str) -> None:
+        self._bars.start_task(self._tasks[phase])
+        self._bars.update(self._tasks[phase], visible=True)
+
+
+def summary(result: Result) -> list[str]:
+    """The table of phases, and one line about the video."""
+    peaks = result.peak_memory.values()
+    shown = [
+        (name, attribute)
+        for name, attribute in (("peak RAM", "ram"), ("peak VRAM", "vram"))
+        if any(getattr(peak, attribute) is not None for peak in peaks)
+    ]
+
+    def row(title: str, seconds: float, amounts: list[int | None]) -> list[str]:
+        return [title, duration(seconds), *("-" if a is None else size(a) for a in amounts)]
+
+    rows = []
+    for phase, seconds in result.timings.items():
+        peak = result.peak_memory.get(phase, Peak(None, None))
+        rows.append(row(TITLES.get(phase, phase), seconds, [getattr(peak, a) for _, a in shown]))
+    highest = [
+        max((getattr(p, a) for p in peaks if getattr(p, a) is not None), default=None) for _, a in shown
+    ]
+    rows.append(row("total", result.seconds, highest))
+    lines = aligned(["phase", "time", *(name for name, _ in shown)], rows, right=range(1, 4))
+    lines[0] = click.style(lines[0], bold=True)
+    seed = "" if result.seed is None else f", seed {result.seed}"
+    about = (
+        f"{result.width}x{result.height}, {result.frames} frames, {result.frames / result.fps:.1f} s at "
+        f"{result.fps} fps; {result.model}{seed}"
+    )
+    beside = [
+        f"{name}: {path}"
+        for name, path in (("latents", result.latents), ("contact sheet", result.contact_sheet))
+        if path is not None
+    ]
+    return [*lines, "", about, *beside]

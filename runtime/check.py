@@ -1,0 +1,47 @@
+"""The last look before a result leaves the engine: no NaN, no black or flat video (exit 6)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.errors import OutputCheckError
+
+MIN_LATENT_STD = 1e-2  # states of the sampler have a deviation near 1; a dead model gives exactly 0
+MIN_FRAME_STD = 0.5  # in 8-bit levels over the whole video
+
+
+def check_latents(latents: Tensor, step: int, steps: int) -> None:
+    """Refuse latents (any shape) after step `step` that are not finite or do not vary."""
+    where = f"after denoise step {step} of {steps}"
+    finite = torch.isfinite(latents)
+    if not bool(finite.all()):
+        bad = latents.numel() - int(finite.sum())
+        raise OutputCheckError(
+            f"{bad} of {latents.numel()} latent values {where} are not finite, so the video would be black or noise. "
+            "Run again with --device cpu or another model variant to see whether the GPU or the weights are at fault."
+        )
+    deviation = float(latents.float().std())
+    if deviation < MIN_LATENT_STD:
+        raise OutputCheckError(
+            f"The latents {where} are flat (standard deviation {deviation:.1e}, expected about 1), so the video would "
+            "be one colour. Check the weights, then the prompt."
+        )
+
+
+def check_decoded(frames: Tensor, first_frame: int) -> None:
+    """Refuse decoded frames (float, any layout) that are not finite; `first_frame` is their place in the video."""
+    if not bool(torch.isfinite(frames).all()):
+        raise OutputCheckError(
+            f"The decoded pixels from frame {first_frame} on are not finite. The latents are good: decode them "
+            "again in fp32 (profile setting vae.dtype) or on the CPU."
+        )
+
+
+def check_frames(frames: np.ndarray) -> None:
+    """Refuse a video, uint8 (F, H, W, 3), of one flat colour."""
+    deviation = float(frames.std(dtype=np.float64))
+    if deviation < MIN_FRAME_STD:
+        raise OutputCheckError(
+            f"The video is one flat colour (standard deviation {deviation:.2f} of 255 levels, expected several). "
+            "The latents are kept: decode them again in fp32, or check the VAE file."
+        )

@@ -1,0 +1,53 @@
+"""What can go wrong, as the user meets it: one sentence and one exit code for each kind.
+
+Every error says what, the value, what was expected and what to do. They are raised where the fault is
+found and caught once, at the edge (entrypoint); a bare traceback is a bug.
+"""
+
+
+class FourstepError(Exception):
+    """Base of all errors that are meant for the user; `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+
+class RequestError(FourstepError):
+    """A bad argument: size, frames, prompt, steps, an unknown name, a malformed profile (exit 2)."""
+
+    exit_code = 2
+
+
+class OutputError(FourstepError):
+    """The output path cannot be used or the writing failed: exists, unwritable, disk full (exit 2)."""
+
+    exit_code = 2
+
+
+class WeightsError(FourstepError):
+    """Weights missing, corrupt, truncated, of another family or of another format (exit 3)."""
+
+    exit_code = 3
+
+
+class PlanError(FourstepError):
+    """The run does not fit the memory that there is (exit 4)."""
+
+    exit_code = 4
+
+
+class DeviceError(FourstepError):
+    """No such device, or its driver does not answer (exit 5)."""
+
+    exit_code = 5
+
+
+class OutputCheckError(FourstepError):
+    """Latents or frames are not finite, or flat: the video would be black or noise (exit 6)."""
+
+    exit_code = 6
+
+
+class OutOfMemoryError(FourstepError):
+    """Out of memory in spite of the plan (exit 7)."""
+
+    exit_code = 7

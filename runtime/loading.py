@@ -1,0 +1,155 @@
+"""From a manifest and a directory of weights to three models, each on its home device, strictly loaded.
+
+All headers are read and compared before the first byte of weights is, so a missing VAE is told at once and
+not after fourteen gigabytes of transformer. A model is built on the meta device, its quantized Linears are
+swapped in as the file's headers say, and the tensors are assigned: nothing is initialised twice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from runtime.checkpoint import Checkpoint, expect_quantization, find_component, load_weights, open_checkpoint
+from runtime.errors import WeightsError
+from runtime.linear import swap_linears
+from runtime.schema import ModelManifest, Profile
+from runtime.text_encoder import TextEncoder, TextEncoderConfig
+from runtime.tokenizer import PromptTokenizer
+from runtime.transformer import Transformer, TransformerConfig
+from runtime.vae import VAE, VAEConfig
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+OnBytes = Callable[[int], None]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The opened files of one model: their headers are read and plausible, their weights not yet loaded."""
+
+    transformer: Checkpoint
+    text_encoder: Checkpoint
+    vae: Checkpoint
+    tokenizer: Path
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that loading will read."""
+        return self.transformer.nbytes + self.text_encoder.nbytes + self.vae.nbytes
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every file that takes part, for the video's metadata."""
+        opened = (self.transformer, self.text_encoder, self.vae)
+        return [path for checkpoint in opened for path in checkpoint.files] + [self.tokenizer]
+
+
+def open_files(manifest: ModelManifest, directory: Path) -> ModelFiles:
+    """Find the four parts of a model under `directory` and read their headers.
+
+    Raises WeightsError that names what is missing or wrong.
+    """
+
+    def find(names: tuple[str, ...]) -> Path:
+        return find_component(directory, manifest.subdirectories, names)
+
+    files = ModelFiles(
+        transformer=open_checkpoint(find(manifest.files.transformer), "transformer"),
+        text_encoder=open_checkpoint(find(manifest.files.text_encoder), "text_encoder"),
+        vae=open_checkpoint(find(manifest.files.vae), "vae"),
+        tokenizer=find(manifest.files.tokenizer),
+    )
+    if manifest.quantization is not None:
+        expect_quantization(files.transformer, manifest.quantization)
+    return files
+
+
+def load_transformer(
+    checkpoint: Checkpoint,
+    manifest: ModelManifest,
+    device: str,
+    dtype: torch.dtype,
+    on_bytes: OnBytes | None = None,
+) -> Transformer:
+    """The denoiser, with the quantized Linears that its file holds, on `device`."""
+    sizes = _agreed_sizes(checkpoint, manifest.transformer)
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig(**sizes))
+    return _fill(model, checkpoint, device, dtype, on_bytes, Transformer.FP32_PARAMETERS)
+
+
+def load_text_encoder(
+    checkpoint: Checkpoint,
+    manifest: ModelManifest,
+    device: str,
+    dtype: torch.dtype,
+    on_bytes: OnBytes | None = None,
+) -> TextEncoder:
+    """The umT5 encoder, on `device`."""
+    sizes = _agreed_sizes(checkpoint, manifest.text_encoder)
+    with torch.device("meta"):
+        model = TextEncoder(TextEncoderConfig(**sizes))
+    return _fill(model, checkpoint, device, dtype, on_bytes)
+
+
+def load_vae(
+    checkpoint: Checkpoint,
+    manifest: ModelManifest,
+    device: str,
+    dtype: torch.dtype,
+    on_bytes: OnBytes | None = None,
+) -> VAE:
+    """The causal video VAE, on `device`."""
+    sizes = _agreed_sizes(checkpoint, manifest.vae)
+    with torch.device("meta"):
+        model = VAE(VAEConfig(**sizes))
+    return _fill(model, checkpoint, device, dtype, on_bytes)
+
+
+def load_tokenizer(files: ModelFiles, manifest: ModelManifest) -> PromptTokenizer:
+    """The prompt tokenizer with the model's text length."""
+    return PromptTokenizer(files.tokenizer, max_length=manifest.sampling.text_len)
+
+
+def home_devices(profile: Profile, device: str) -> tuple[str, str]:
+    """Where text encoder and VAE rest between their phases: the GPU if the profile keeps them there."""
+    return (
+        device if profile.text_encoder.stay_on_gpu else "cpu",
+        device if profile.vae.stay_on_gpu else "cpu",
+    )
+
+
+def _agreed_sizes(checkpoint: Checkpoint, pinned: Any | None) -> dict[str, Any]:
+    """The sizes that the tensors show; what the manifest pins must be the same.
+
+    What no tensor shows (eps, text_len) the manifest adds.
+    """
+    shown = checkpoint.sizes()
+    expected = {} if pinned is None else {k: v for k, v in pinned.model_dump().items() if v is not None}
+    for name, value in expected.items():
+        if name in shown and shown[name] != value:
+            raise WeightsError(
+                f"{checkpoint.path} has {name} {shown[name]}; this model's manifest expects {value}. "
+                "The file belongs to another model: point --weights or --model at the right one."
+            )
+    return expected | shown
+
+
+def _fill(
+    model: Model,
+    checkpoint: Checkpoint,
+    device: str,
+    dtype: torch.dtype,
+    on_bytes: OnBytes | None,
+    fp32_parameters: tuple[str, ...] = (),
+) -> Model:
+    swap_linears(model, checkpoint.quantized_linears())
+    load_weights(
+        model, checkpoint, dtype=dtype, device=device, fp32_parameters=fp32_parameters, on_bytes=on_bytes
+    )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,237 @@
+"""The Wan2.1 video transformer: noisy latents, a time and text states in; the flow velocity out.
+
+Parameter names are those of the original Wan checkpoints. Tokens are patches of 1x2x2 latents, frames slowest
+and columns fastest, and every token attends to every token. The time enters each block as six modulation rows
+(shift, scale and gate of self attention, then of the feed-forward); the text enters through cross attention.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.layers.attention import attention
+from runtime.layers.norm import RMSNorm, gated_add, layer_norm, modulated_norm
+from runtime.layers.rope import RopeTable, apply_rope, rope_table
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The sizes of one transformer; 14B is (5120, 13824, 40, 40), 1.3B is (1536, 8960, 12, 30)."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(f"dim {self.dim} must split into {self.num_heads} heads of an even width")
+        if self.freq_dim % 2:
+            raise ValueError(f"freq_dim {self.freq_dim} must be even: half cosines, half sines")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head; 128 in the published models."""
+        return self.dim // self.num_heads
+
+
+class SelfAttention(nn.Module):
+    """Attention of all tokens to all tokens; q and k are normalised over the full width, then rotated."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, rope: RopeTable) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)  # (B, L, H, D/H)
+        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)  # (B, L, H, D/H)
+        v = self.v(x).unflatten(-1, heads)  # (B, L, H, D/H)
+        return self.o(attention(q, k, v))  # (B, L, D)
+
+
+class CrossAttention(nn.Module):
+    """Attention of all tokens to all text rows, padding included, as the model was trained."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of text (B, S, D), each (B, S, H, D/H); they depend on neither time nor latents."""
+        heads = (self.num_heads, -1)
+        return self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))  # (B, L, H, D/H)
+        k, v = self.keys_values(text)
+        return self.o(attention(q, k, v))  # (B, L, D)
+
+
+class AffineNorm(nn.Module):
+    """LayerNorm with a weight and a bias."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.eps, self.weight, self.bias)
+
+
+class Block(nn.Module):
+    """Self attention, cross attention, feed-forward; the first and the last modulated and gated by time."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) * dim**-0.5)
+        self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
+        self.norm3 = AffineNorm(dim, config.eps)
+        self.cross_attn = CrossAttention(dim, config.num_heads, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+
+    def forward(self, x: Tensor, time: Tensor, text: Tensor, rope: RopeTable) -> Tensor:
+        """x (B, L, D), time (B, 6, D) fp32, text (B, S, D) -> (B, L, D), in x's dtype."""
+        rows = (self.modulation.float() + time).chunk(6, dim=1)  # six of (B, 1, D)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
+        x = gated_add(x, self.self_attn(modulated_norm(x, shift_attn, scale_attn, self.eps), rope), gate_attn)
+        x = x + self.cross_attn(self.norm3(x), text)  # neither modulated nor gated
+        return gated_add(x, self.ffn(modulated_norm(x, shift_ffn, scale_ffn, self.eps)), gate_ffn)
+
+
+class Head(nn.Module):
+    """The last norm, modulated by time, and the linear from tokens to patches, all in fp32."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        pt, ph, pw = config.patch_size
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) * config.dim**-0.5)
+        self.head = nn.Linear(config.dim, pt * ph * pw * config.out_dim)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (B, L, D), time (B, 1, D) fp32 -> (B, L, patch·channels)."""
+        shift, scale = (self.modulation.float() + time).chunk(2, dim=1)  # the same time on both rows
+        return self.head(modulated_norm(x.float(), shift, scale, self.eps))
+
+
+class Transformer(nn.Module):
+    """Predicts the flow velocity (noise minus clean latents) of video latents at a time, given text states.
+
+    Parameters whose name contains one of FP32_PARAMETERS are meant to be fp32; all others share one compute
+    dtype, that of `patch_embedding`, which is also the dtype of the residual stream.
+    """
+
+    FP32_PARAMETERS: ClassVar[tuple[str, ...]] = (
+        "time_embedding",
+        "time_projection",
+        "modulation",
+        "norm",
+        "head",
+    )
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def forward(self, latents: Tensor, timestep: Tensor, text_states: Tensor) -> Tensor:
+        """Velocity of latents (B, in_dim, T, h, w) -> (B, out_dim, T, h, w) fp32.
+
+        timestep (B,): 0..1000, may be fractional. text_states (B, text_len, text_dim): zero rows after the
+        last token. Any float dtypes. h and w must be multiples of the patch size (even), and no axis may have
+        more than 1024 patches. Raises ValueError for any other shape.
+        """
+        grid = self._check(latents, timestep, text_states)
+        dtype = self.patch_embedding.weight.dtype
+        rope = rope_table(grid, self.config.head_dim, latents)
+        time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))  # (B, D)
+        rows = self.time_projection(time).unflatten(-1, (6, -1)).float()  # (B, 6, D)
+        text = self.text_embedding(text_states.to(dtype))  # (B, text_len, D)
+
+        x = self._patchify(latents.to(dtype))  # (B, L, D)
+        for block in self.blocks:
+            x = block(x, rows, text, rope)
+        return self._unpatchify(self.head(x, time.float().unsqueeze(1)).float(), grid)
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """(B, C, T, h, w) -> tokens (B, L, D); within a patch the channel is slowest, the column fastest."""
+        pt, ph, pw = self.config.patch_size
+        patches = latents.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(2, (-1, pt))
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, L, C·pt·ph·pw)
+        # The same as the convolution, whose stride is its kernel, but the tokens come out contiguous.
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """(B, L, pt·ph·pw·C) -> (B, C, T, h, w); unlike in the input, here the channel is fastest."""
+        patches = x.unflatten(-1, (*self.config.patch_size, -1)).unflatten(1, grid)  # (B, *grid, *patch, C)
+        video = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T, pt, h, ph, w, pw)
+        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def _check(self, latents: Tensor, timestep: Tensor, text_states: Tensor) -> tuple[int, int, int]:
+        """The grid of patches (frames, rows, columns); ValueError for inputs that do not fit the model."""
+        config = self.config
+        if latents.ndim != 5 or latents.shape[1] != config.in_dim:
+            raise ValueError(f"latents are {tuple(latents.shape)}, expected (B, {config.in_dim}, T, h, w)")
+        batch, _, frames, height, width = latents.shape
+        pt, ph, pw = config.patch_size
+        if frames % pt or height % ph or width % pw:
+            raise ValueError(
+                f"latents of {frames} frames, {height} rows and {width} columns do not split into patches of "
+                f"{pt}x{ph}x{pw}: each must be a multiple of the patch"
+            )
+        if timestep.shape != (batch,):
+            raise ValueError(f"timestep is {tuple(timestep.shape)}, expected ({batch},): one for each latent")
+        if text_states.shape != (batch, config.text_len, config.text_dim):
+            raise ValueError(
+                f"text states are {tuple(text_states.shape)}, expected "
+                f"{(batch, config.text_len, config.text_dim)}: pad with zero rows to text_len"
+            )
+        return frames // pt, height // ph, width // pw
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """[cos a_0.., sin a_0..] with a_j = t·10000^(-2j/dim), j < dim/2: timestep (B,) -> (B, dim) fp32.
+
+    The angles are float64: with t up to 1000, an fp32 angle would be off by 3e-5.
+    """
+    t = timestep.double()
+    exponents = torch.arange(0, dim, 2).to(t) / dim
+    angles = torch.outer(t, 10000.0**-exponents)  # (B, dim/2)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).float()
