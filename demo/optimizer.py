@@ -21,6 +21,8 @@ class Clock:
 
     def fraction(self) -> float:
         """How much of the budget is spent; 1 and above means stop."""
+        if self.seconds <= 0:
+            return 1.0
         if self.steps is not None:
             return self.step / self.steps
         return self.elapsed() / self.seconds

@@ -1,4 +1,4 @@
-"""Train the demo checkpoint from nothing: VAE, then text encoder and transformer, then the shipped files.
+"""Train the demo checkpoint from nothing: VAE, its decoder, text encoder with transformer; then the files.
 
     python -m demo.train --out demo/weights
 
@@ -19,7 +19,14 @@ from demo.sampling import score_table
 from demo.scenes import TRAIN_SCENES, scene_indices
 from demo.score import table
 from demo.train_transformer import Generator, Pool, Sizes, initialise, train_generator
-from demo.train_vae import between_clips, build_vae, score_reconstructions, train_vae
+from demo.train_vae import (
+    between_clips,
+    build_vae,
+    score_reconstructions,
+    set_layout,
+    train_decoder,
+    train_vae,
+)
 from runtime.vae import VAE
 
 
@@ -29,11 +36,12 @@ class Plan:
 
     vae_minutes: float = 4.5
     minutes: float = 8.0
-    starts: int = 96  # encoded starting points for each training scene
+    decoder_minutes: float = 4.0
+    starts: int = 160  # encoded starting points for each training scene
     batch: int = 256
-    rollout_batch: int = 64
-    rate: float = 0.01
-    rollout_from: float = 0.45  # share of the time after which half of the updates are rollouts
+    rollout_batch: int = 160
+    rate: float = 0.015
+    rollout_from: float = 0.4  # share of the time after which half of the updates are rollouts
     vae_rate: float = 1.5e-3
     crop_share: float = 0.5  # of the VAE's time that goes to small crops
     measured: int = 96  # clips that the latents' statistics are measured on
@@ -68,6 +76,8 @@ def stage_vae(plan: Plan, work: Path, device: torch.device) -> VAE:
     vae = build_vae(plan.vae_width).to(device)
     if path.exists():
         vae.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        if device.type == "cuda":
+            set_layout(vae, torch.channels_last_3d)
         return vae.eval().requires_grad_(False)
     clock = Clock(plan.vae_minutes, plan.steps)
     vae = train_vae(
@@ -86,9 +96,30 @@ def stage_vae(plan: Plan, work: Path, device: torch.device) -> VAE:
     print(
         f"vae: {clock.step} steps, {clock.elapsed():.0f} s, variance between clips {spread:.2f}", flush=True
     )
+    report_reconstructions(plan, vae, device)
+    return vae
+
+
+def report_reconstructions(plan: Plan, vae: VAE, device: torch.device) -> None:
+    """Print the ceiling that the VAE sets."""
     if plan.repeats:
         scores, decibel = score_reconstructions(vae, device)
         print(table({f"reconstruction, {decibel:.1f} dB": scores}), flush=True)
+
+
+def stage_decoder(plan: Plan, work: Path, device: torch.device, vae: VAE) -> VAE:
+    """The VAE with its decoder trained further, from its file or from training."""
+    path = work / "decoder.pt"
+    if path.exists():
+        vae.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return vae
+    clock = Clock(plan.decoder_minutes, plan.steps)
+    if clock.fraction() >= 1:
+        return vae
+    vae = train_decoder(vae, clock, device, clips=plan.clips, saved=work / "decoder.partial.pt")
+    torch.save(vae.state_dict(), path)
+    print(f"decoder: {clock.step} steps, {clock.elapsed():.0f} s", flush=True)
+    report_reconstructions(plan, vae, device)
     return vae
 
 
@@ -131,7 +162,13 @@ def run(plan: Plan, out: Path, work: Path, device: torch.device, seed: int, unti
     if until == "vae":
         return
     torch.manual_seed(seed + 1)
+    vae = stage_decoder(plan, work, device, vae)
+    if until == "decoder":
+        return
+    torch.manual_seed(seed + 2)
     model = stage_generator(plan, work, device, vae)
+    if until == "generator":
+        return
     if plan.repeats:
         print(table(score_table(model, vae, device, plan.repeats)), flush=True)
     total = export(model, vae, out)
@@ -144,6 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the shipped files go")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="where the stages keep theirs")
     parser.add_argument("--vae-minutes", type=float, default=Plan.vae_minutes)
+    parser.add_argument("--decoder-minutes", type=float, default=Plan.decoder_minutes)
     parser.add_argument("--minutes", type=float, default=Plan.minutes, help="text encoder and transformer")
     parser.add_argument("--starts", type=int, default=Plan.starts)
     parser.add_argument("--rate", type=float, default=Plan.rate)
@@ -151,7 +189,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vae-rate", type=float, default=Plan.vae_rate)
     parser.add_argument("--crop-share", type=float, default=Plan.crop_share)
     parser.add_argument("--repeats", type=int, default=Plan.repeats)
-    parser.add_argument("--until", choices=("vae", "all"), default="all", help="the last stage to run")
+    parser.add_argument(
+        "--until", choices=("vae", "decoder", "generator", "all"), default="all", help="the last stage to run"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the transformer's block")
@@ -162,6 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.smoke
         else Plan(
             vae_minutes=given.vae_minutes,
+            decoder_minutes=given.decoder_minutes,
             minutes=given.minutes,
             starts=given.starts,
             rate=given.rate,

@@ -1,9 +1,11 @@
 """Train the demo's text encoder and transformer to make scenes in four steps, with either sampler.
 
 At the first step the model sees nothing but noise, so "which clip?" must have one answer for it to be sharp:
-the starting point of the object is a function of the noise (two channel means, mapped to 0..1 by the normal
+the starting point of the object is a function of the noise (two sums over it, mapped to 0..1 by the normal
 distribution). Noise stays exactly standard normal, each seed has its own clip, and the answer is smooth in
-the noise. From half time on, half of the updates walk the four steps on the model's own states.
+the noise. Where fresh noise has blurred the starting point (`lcm`), the answer is the likeliest clip, not
+the average of the likely ones. From half time on, half of the updates walk the four steps on the model's
+own states.
 """
 
 import math
@@ -29,6 +31,7 @@ VOCABULARY = 64  # rows of the embedding; the tokenizer knows fewer words
 LATENT_SHAPE = (16, 5, 12, 20)
 SIGMAS = schedule(4, 5.0)
 PHRASES = 64  # phrasings kept for each scene
+MARGIN = 2.0  # nats by which a clip must be likelier to be aimed at instead
 OBJECT_WEIGHT = 3.0  # how much more a position counts where the object is
 
 
@@ -114,9 +117,20 @@ def _pass_through(net: Transformer) -> None:
     net.head.head.weight.copy_(gain * out)
 
 
+def checkerboard(noise: Tensor) -> Tensor:
+    """Signs (h, w) that alternate along both axes; plain areas of latents add nothing to such a sum."""
+    rows, columns = (torch.arange(n, device=noise.device) for n in noise.shape[-2:])
+    return 1.0 - 2.0 * ((rows[:, None] + columns) % 2)
+
+
+def start_values(noise: Tensor) -> Tensor:
+    """The two standard normal numbers (B, 2) in noise (B, 16, T, h, w) that say where the object starts."""
+    return (noise[:, :2] * checkerboard(noise)).flatten(2).sum(dim=2) / noise[0, 0].numel() ** 0.5
+
+
 def start_from_noise(noise: Tensor) -> Tensor:
     """Starting point (B, 2) in 0..1 that belongs to noise (B, 16, T, h, w): uniform when noise is normal."""
-    values = noise[:, :2].flatten(2).sum(dim=2) / noise[0, 0].numel() ** 0.5  # (B, 2), standard normal
+    values = start_values(noise)
     return 0.5 * (1 + torch.erf(values / math.sqrt(2)))
 
 
@@ -125,8 +139,8 @@ def noise_for_start(start: Tensor, shape: tuple[int, ...] = LATENT_SHAPE) -> Ten
     noise = torch.randn(len(start), *shape, device=start.device)
     count = noise[0, 0].numel()
     wanted = math.sqrt(2) * torch.erfinv((2 * start - 1).clamp(-0.999, 0.999))
-    found = noise[:, :2].flatten(2).sum(dim=2) / count**0.5
-    noise[:, :2] += ((wanted - found) / count**0.5)[:, :, None, None, None]
+    lacking = (wanted - start_values(noise)) / count**0.5
+    noise[:, :2] += lacking[:, :, None, None, None] * checkerboard(noise)
     return noise
 
 
@@ -134,7 +148,7 @@ class Pool:
     """Encoded training scenes: several starting points for each, with weights and phrasings."""
 
     def __init__(self, vae: VAE, device: torch.device, starts: int, scenes: tuple[Scene, ...]) -> None:
-        self.device = device
+        self.device, self.starts = device, starts
         table = scene_indices(list(scenes), device)
         self.indices = table.repeat_interleave(starts, dim=0)  # (N, 4), N = scenes * starts
         self.scene = torch.arange(len(scenes), device=device).repeat_interleave(starts)
@@ -150,6 +164,7 @@ class Pool:
         for i in range(0, count, 64):
             self.latents[i : i + 64] = encode(vae, self.indices[i : i + 64], self.start[i : i + 64])
             self.weight[i : i + 64] = object_weight(self.indices[i : i + 64], self.start[i : i + 64])
+        self.middle, self.energy = self._spread()
         tokenizer = build_tokenizer()
         choice = random.Random(0)
         texts = [phrase(scene, choice) for scene in scenes for _ in range(PHRASES)]
@@ -157,12 +172,39 @@ class Pool:
         padded = torch.tensor([row + [0] * (TEXT_LEN - len(row)) for row in ids])
         self.ids = padded.view(len(scenes), PHRASES, TEXT_LEN).to(device)
 
-    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Random latents (B, 16, T, h, w), weights (B, 1, T, h, w), starting points (B, 2), ids (B, L)."""
+    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Random clips' numbers (B,) and token ids (B, TEXT_LEN) that describe them."""
         pick = torch.randint(len(self.indices), (batch,), device=self.device)
         chosen = torch.randint(PHRASES, (batch,), device=self.device)
-        ids = self.ids[self.scene[pick], chosen]
-        return self.latents[pick].float(), self.weight[pick].float().unsqueeze(1), self.start[pick], ids
+        return pick, self.ids[self.scene[pick], chosen]
+
+    def clips(self, pick: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, 16, T, h, w) and loss weights (B, 1, T, h, w) of the clips `pick` (B,)."""
+        return self.latents[pick].float(), self.weight[pick].float().unsqueeze(1)
+
+    def likeliest(self, state: Tensor, sigma: Tensor, pick: Tensor) -> Tensor:
+        """For each noisy state (B, 16, T, h, w), the clip of its scene that fits it best, (B,).
+
+        That is `pick` itself, unless another one is more likely by more than MARGIN. Up to a constant, the log
+        likelihood of clean latents z is (<x, z> - |z|²(1-s)/2)·(1-s)/s². The scene's mean is taken off x and
+        z first, so that bf16 keeps the difference between clips.
+        """
+        scene = self.scene[pick]
+        clean = self.latents.view(-1, self.starts, state[0].numel())[scene]  # (B, starts, n)
+        rest = state.flatten(1) - (1 - sigma[:, None]) * self.middle[scene]  # (B, n)
+        match = torch.bmm(clean, rest.to(clean.dtype).unsqueeze(2)).squeeze(2).float()  # (B, starts)
+        fit = match - 0.5 * (1 - sigma[:, None]) * self.energy[scene]
+        best, where = fit.max(dim=1)
+        own = fit.gather(1, (pick % self.starts)[:, None]).squeeze(1)
+        better = (best - own) * (1 - sigma) / sigma.square() > MARGIN
+        return torch.where(better, scene * self.starts + where, pick)
+
+    def _spread(self) -> tuple[Tensor, Tensor]:
+        """Mean latents of each scene (S, n), and each clip's squared distance from it (S, starts)."""
+        scenes = self.latents.view(-1, self.starts, self.latents[0].numel())
+        middle = torch.stack([clips.float().mean(dim=0) for clips in scenes])
+        energy = [(clips.float() - m).square().sum(dim=1) for clips, m in zip(scenes, middle, strict=True)]
+        return middle, torch.stack(energy)
 
 
 def object_weight(indices: Tensor, start: Tensor) -> Tensor:
@@ -176,9 +218,9 @@ def object_weight(indices: Tensor, start: Tensor) -> Tensor:
 
 
 def sample_sigmas(batch: int, device: torch.device) -> Tensor:
-    """Noise levels (B,): mostly the four of inference, the first most often; the rest anywhere."""
+    """Noise levels (B,): mostly the four of inference; the rest anywhere."""
     levels = torch.tensor(SIGMAS[:4], device=device)
-    chances = torch.tensor([0.45, 0.15, 0.14, 0.11, 0.15], device=device)
+    chances = torch.tensor([0.3, 0.25, 0.2, 0.12, 0.13], device=device)
     kind = torch.multinomial(chances, batch, replacement=True)
     uniform = torch.rand(batch, device=device)
     anywhere = 5 * uniform / (1 + 4 * uniform)
@@ -192,38 +234,48 @@ def weighted_error(velocity: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 def plain_loss(model: Generator, pool: Pool, batch: int) -> Tensor:
     """Velocity error at random noise levels."""
-    clean, weight, start, ids = pool.draw(batch)
+    pick, ids = pool.draw(batch)
+    clean, weight = pool.clips(pick)
     sigma = sample_sigmas(batch, pool.device)
-    coupled = noise_for_start(start)
+    coupled = noise_for_start(pool.start[pick])
     free = torch.randn_like(coupled)
     # Near sigma 1 nothing but the noise says where the object is; below, `lcm` brings fresh noise.
-    use_free = (sigma < 0.96) & (torch.rand_like(sigma) < 0.5)
+    use_free = (sigma < 0.96) & (torch.rand_like(sigma) < 0.6)
     noise = torch.where(use_free.view(-1, 1, 1, 1, 1), free, coupled)
     level = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - level) * clean + level * noise
-    return weighted_error(model(noisy, sigma, model.text_states(ids)), noise - clean, weight)
+    # Down to here free noise hides the starting point: aim at one likely clip, not at the mean of many.
+    unsure = use_free & (sigma > 0.7)
+    with torch.no_grad():
+        clean, weight = pool.clips(torch.where(unsure, pool.likeliest(noisy, sigma, pick), pick))
+    target = (noisy - clean) / level
+    return weighted_error(model(noisy, sigma, model.text_states(ids)), target, weight)
 
 
 def rollout_losses(model: Generator, pool: Pool, batch: int) -> list[Tensor]:
     """Velocity errors along four steps of the model's own making; half go by euler, half by lcm.
 
-    Each state's target is the velocity that leads to the clip which the first noise stands for.
+    By euler, each state's target is the velocity that leads to the clip which the first noise stands for; by
+    lcm, to the clip that fits the state best.
     """
-    clean, weight, start, ids = pool.draw(batch)
-    noise = noise_for_start(start)
-    by_euler = (torch.arange(batch, device=pool.device) % 2 == 0).view(-1, 1, 1, 1, 1)
+    pick, ids = pool.draw(batch)
+    noise = noise_for_start(pool.start[pick])
+    by_euler = torch.arange(batch, device=pool.device) % 2 == 0
     state = noise
     states = model.text_states(ids)
     losses = []
     for sigma, following in pairwise(SIGMAS):
         level = torch.full((batch,), sigma, device=pool.device)
+        with torch.no_grad():
+            best = pick if sigma == 1 else torch.where(by_euler, pick, pool.likeliest(state, level, pick))
+            clean, weight = pool.clips(best)
         velocity = model(state, level, states)
         losses.append(weighted_error(velocity, (state - clean) / sigma, weight))
         velocity = velocity.detach()
         guess = state - sigma * velocity
         euler = guess + following * velocity
         lcm = (1 - following) * guess + following * torch.randn_like(guess)
-        state = torch.where(by_euler, euler, lcm)
+        state = torch.where(by_euler.view(-1, 1, 1, 1, 1), euler, lcm)
     return losses
 
 
@@ -243,7 +295,7 @@ def train_generator(
     clock: Clock,
     *,
     batch: int = 256,
-    rollout_batch: int = 64,
+    rollout_batch: int = 160,
     rate: float = 0.01,
     rollout_from: float = 0.45,
     compiled: bool = False,

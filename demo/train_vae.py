@@ -101,16 +101,20 @@ def reconstruction_loss(vae: VAE, frames: Tensor, distance: Tensor, fraction: fl
     latents, _ = vae.encode_distribution(frames)
     noisy = latents + LATENT_NOISE * torch.randn_like(latents)
     decoded = vae.decode(noisy, chunked=False, clamp=False)
-    difference = decoded.float() - frames
-    squared = difference.square()
     statistics = latents.float().mean(dim=(0, 2, 3, 4)).square().mean() + (
         (latents.float().std(dim=(0, 2, 3, 4)) - 1).square().mean()
     )
-    late = min(max(fraction - 0.4, 0.0) / 0.2, 1.0)
+    loss, squared = pixel_loss(decoded, frames, distance, min(max(fraction - 0.4, 0.0) / 0.2, 1.0))
+    return loss + 0.05 * statistics, squared
+
+
+def pixel_loss(decoded: Tensor, frames: Tensor, distance: Tensor, edges: float) -> tuple[Tensor, Tensor]:
+    """Squared error, with `edges` (0..1) more at outlines and some absolute error; and the plain one."""
+    difference = decoded.float() - frames
+    squared = difference.square()
     near_edge = (distance.abs() < 5).unsqueeze(1).float()
-    weighted = squared * (1 + 3 * late * near_edge)
-    loss = weighted.mean() + 0.05 * statistics + 0.1 * late * difference.abs().mean()
-    return loss, squared.mean()
+    weighted = squared * (1 + 3 * edges * near_edge)
+    return weighted.mean() + 0.1 * edges * difference.abs().mean(), squared.mean()
 
 
 def choose_layout(vae: VAE, table: Tensor, batch: int) -> torch.memory_format:
@@ -119,7 +123,7 @@ def choose_layout(vae: VAE, table: Tensor, batch: int) -> torch.memory_format:
         return torch.contiguous_format
     seconds = {}
     for layout in (torch.contiguous_format, torch.channels_last_3d):
-        _set_layout(vae, layout)
+        set_layout(vae, layout)
         for _ in range(2):
             torch.cuda.synchronize()
             started = time.monotonic()
@@ -132,7 +136,8 @@ def choose_layout(vae: VAE, table: Tensor, batch: int) -> torch.memory_format:
     return min(seconds, key=lambda layout: seconds[layout])
 
 
-def _set_layout(vae: VAE, layout: torch.memory_format) -> None:
+def set_layout(vae: VAE, layout: torch.memory_format) -> None:
+    """Lay the convolutions' weights out in memory as `layout` says; the numbers stay the same."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=layout)
@@ -164,7 +169,7 @@ def train_vae(
     """Train until the clock ends; returns the averaged weights with latents folded to mean 0 and std 1."""
     table = scene_indices(list(TRAIN_SCENES), device)
     vae.to(device).train()
-    _set_layout(vae, choose_layout(vae, table, crops))
+    set_layout(vae, choose_layout(vae, table, crops))
     average = Average(vae, 0.995)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     log = Log(("step", "seconds", "dB", "gradient"))
@@ -185,6 +190,47 @@ def train_vae(
             torch.save(average.module.state_dict(), saved)
     log.row(clock, {"dB": -10 * torch.log10(squared / 4), "gradient": length}, force=True)
     fold_statistics(average.module, table, measured)
+    return average.module
+
+
+def train_decoder(
+    vae: VAE,
+    clock: Clock,
+    device: torch.device,
+    *,
+    rate: float = 1e-3,
+    clips: int = 10,
+    saved: Path | None = None,
+) -> VAE:
+    """Sharpen the decoder on whole clips while the encoder, and with it the latents, stays as it is."""
+    table = scene_indices(list(TRAIN_SCENES), device)
+    vae.to(device).requires_grad_(False)
+    trained = [*vae.decoder.requires_grad_(True).parameters(), *vae.conv2.requires_grad_(True).parameters()]
+    average = Average(vae, 0.998)
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    log = Log(("step", "seconds", "dB", "gradient"))
+    saved_at = clock.elapsed()
+    while (fraction := clock.fraction()) < 1:
+        optimizer.zero_grad(set_to_none=True)
+        frames, distance = sample_clips(clips, False, table)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.no_grad():
+                latents = vae.encode(frames, chunked=False)
+                # From clean latents to ones as far off as the transformer's.
+                strength = 2 * LATENT_NOISE * torch.rand(clips, 1, 1, 1, 1, device=device)
+                latents = latents + strength * torch.randn_like(latents)
+            loss, squared = pixel_loss(vae.decode(latents, chunked=False, clamp=False), frames, distance, 1.0)
+        loss.backward()
+        length = nn.utils.clip_grad_norm_(trained, 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * cosine(fraction, warmup=0.03)
+        optimizer.step()
+        average.update(vae)
+        clock.step += 1
+        log.row(clock, {"dB": -10 * torch.log10(squared.detach() / 4), "gradient": length})
+        if saved is not None and clock.elapsed() - saved_at > 60:
+            saved_at = clock.elapsed()
+            torch.save(average.module.state_dict(), saved)
     return average.module
 
 

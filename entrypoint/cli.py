@@ -5,6 +5,7 @@ environment as T2V_<OPTION>. stdout carries the result alone (a path, a table, o
 """
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,10 @@ from runtime.request import Request
 DEFAULT_VERB = "generate"
 ENVIRONMENT = "T2V"
 OWN_OPTIONS = ("--help", "-h", "--version")  # of the program itself, not of `generate`
+REQUEST_FIELDS = (
+    *("seed", "height", "width", "frames", "fps", "steps", "sampler"),
+    *("guidance", "negative_prompt", "noise_device", "accept_nonstandard"),
+)
 
 SETTINGS: dict[str, Any] = {
     "auto_envvar_prefix": ENVIRONMENT,  # for verbs too: T2V_PROFILE, not T2V_GENERATE_PROFILE
@@ -59,6 +64,22 @@ class Program(click.Group):
         if not args or (args[0].startswith("-") and args[0] not in OWN_OPTIONS):
             args = [DEFAULT_VERB, *args]
         return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of this file, which is that of use."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does; a word that is no command may well be a prompt."""
+        if args[0] not in self.commands:
+            raise click.UsageError(
+                f"{args[0]!r} is no command; expected {', '.join(self.commands)}, or "
+                f"--prompt {shlex.quote(args[0])} for a video of it.",
+                ctx,
+            )
+        return super().resolve_command(ctx, args)
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:
         """Run the program and exit; whatever was raised is told here, once."""
@@ -109,26 +130,23 @@ def generate(ctx: click.Context, **given: Any) -> None:
     run.generate(request, _where(given), save_latents=given["save_latents"], as_json=given["json"])
 
 
-REQUEST_FIELDS = (
-    *("seed", "height", "width", "frames", "fps", "steps", "sampler"),
-    *("guidance", "negative_prompt", "noise_device", "accept_nonstandard"),
-)
-
-
 @cli.command(cls=SectionedCommand, context_settings=SETTINGS)
 @click.argument("latents", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @fps_option(default="that of the latents")
 @model_options(default="that of the latents")
 @output_options
 @talk_options
-def decode(latents: Path, **given: Any) -> None:
+@click.pass_context
+def decode(ctx: click.Context, latents: Path, **given: Any) -> None:
     """Make the video of kept latents.
 
     LATENTS is a file that --save-latents wrote, or a run that failed late.
     """
     from entrypoint import decode as run
 
-    run.decode(latents, _where(given), fps=given["fps"], as_json=given["json"])
+    # A model set for the whole machine is a default; the latents know which one made them.
+    standing = ctx.get_parameter_source("model") == ParameterSource.ENVIRONMENT
+    run.decode(latents, _where(given), prefer_own_model=standing, fps=given["fps"], as_json=given["json"])
 
 
 @cli.command(cls=SectionedCommand, context_settings=SETTINGS)

@@ -11,8 +11,8 @@ from entrypoint import output
 from entrypoint.events import Result
 from entrypoint.generate import Account, Where, save_video
 from entrypoint.latents import LATENTS_SUFFIX, SavedLatents, read_latents
-from entrypoint.options import DEFAULT_MODEL
 from entrypoint.progress import make_reporter
+from runtime.device import confirm_device
 
 if TYPE_CHECKING:
     from runtime.schema import ModelManifest
@@ -22,10 +22,14 @@ if TYPE_CHECKING:
 FALLBACK_FPS = 16
 
 
-def decode(path: Path, where: Where, *, fps: int | None, as_json: bool) -> None:
-    """Decode the latents file `path` and write its video; raises what went wrong."""
+def decode(path: Path, where: Where, *, prefer_own_model: bool, fps: int | None, as_json: bool) -> None:
+    """Decode the latents file `path` and write its video; raises what went wrong.
+
+    `prefer_own_model`: the model that the latents name goes before that of `where`.
+    """
     saved = read_latents(path)
-    where = replace(where, model=where.model or saved.model or DEFAULT_MODEL)
+    models = (saved.model, where.model) if prefer_own_model else (where.model, saved.model)
+    where = replace(where, model=models[0] or models[1] or None)
     target = output.choose(where.output, path.name.removesuffix(LATENTS_SUFFIX), where.overwrite)
     phases = {"load": 100, "decode": saved.latents.shape[1], "save": 1}
     with make_reporter(phases, as_json=as_json) as reporter:
@@ -54,11 +58,7 @@ def decode(path: Path, where: Where, *, fps: int | None, as_json: bool) -> None:
 
 def _load(where: Where, account: Account) -> "tuple[ModelManifest, str, VAE]":
     """The VAE of the model, at home; the other parts are not touched and need not be there."""
-    from runtime.device import confirm_device, select_device
-    from runtime.profiles import find_model, load_profile
-
-    profile, device = select_device(where.device, load_profile(where.profile))
-    manifest, directory = find_model(where.model or DEFAULT_MODEL, profile, where.weights)
+    profile, device, manifest, directory = where.choose()
 
     from runtime import loading
     from runtime.checkpoint import find_component, open_checkpoint

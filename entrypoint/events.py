@@ -15,7 +15,8 @@ warnings and errors. Every object has "event"; a reader must ignore events and k
                          "width": int, "height": int, "frames": int, "fps": int,
                          "seconds": float,            the whole run, loading included
                          "timings": {phase: seconds},
-                         "peak_memory": {phase: {"ram": bytes|null, "vram": bytes|null}}}
+                         "peak_memory": {phase: {"ram": bytes, "vram": bytes|null}}}
+                         ram: of the process, up to the end of the phase; vram: within the phase
     {"event": "error",   "code": int,                 the exit code
                          "kind": str,                 RequestError, WeightsError, ... UsageError, Interrupted
                          "message": str,
@@ -34,8 +35,15 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 if TYPE_CHECKING:
-    from entrypoint.meter import Peak
     from runtime.pipeline import Stage
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Memory, bytes; None for a GPU that was not used."""
+
+    ram: int  # resident in this process, from its start to the end of the phase
+    vram: int | None  # that torch took from the driver, within the phase
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Result:
     fps: int
     seconds: float
     timings: dict[str, float]
-    peak_memory: "dict[str, Peak]"
+    peak_memory: dict[str, Peak]
     latents: Path | None = None
     contact_sheet: Path | None = None
 
@@ -120,7 +128,7 @@ class JsonReporter(Reporter):
 
 def emit(event: str, **fields: Any) -> None:
     """One JSON object on one line of stdout, flushed: the reader may be waiting for it."""
-    sys.stdout.write(json.dumps({"event": event, **fields}, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
     sys.stdout.flush()
 
 

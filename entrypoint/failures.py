@@ -1,18 +1,21 @@
 """From whatever was raised to one sentence on stderr and an exit code; a traceback only with --debug."""
 
+import re
 import shlex
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from entrypoint.events import emit, tell
-from runtime.errors import FourstepError, OutOfMemoryError, OutputError
+from runtime.errors import DeviceError, FourstepError, OutOfMemoryError, OutputError
 
 INTERRUPTED = 130
 INTERNAL = 1
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+DEVICE_SIGNS = ("cuda error", "cuda driver", "cublas", "cudnn", "nccl", "nvrtc")
 
 
 class RunFailedError(Exception):
@@ -61,9 +64,16 @@ def understand(error: BaseException) -> Failure:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return Failure(INTERRUPTED, "Interrupted", "interrupted; no video was written.")
     if isinstance(error, click.ClickException):
-        return Failure(error.exit_code, type(error).__name__, _usage_sentence(error))
+        return Failure(error.exit_code, "UsageError", _usage_sentence(error))
     if _is_out_of_memory(error):
         return Failure(OutOfMemoryError.exit_code, "OutOfMemoryError", _memory_sentence(error))
+    if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in DEVICE_SIGNS):
+        return Failure(
+            DeviceError.exit_code,
+            "DeviceError",
+            f"The GPU or its driver failed ({_first_line(error)}); see whether nvidia-smi works and run it "
+            "again, or run it with --device cpu.",
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return Failure(
@@ -80,9 +90,13 @@ def understand(error: BaseException) -> Failure:
 
 
 def _usage_sentence(error: click.ClickException) -> str:
-    message = error.format_message().rstrip()
+    message = error.format_message().strip()
+    message += "" if message.endswith((".", "?", "!", ")")) else "."
     if not isinstance(error, click.UsageError) or error.ctx is None:
         return message
+    name = error.param.name if isinstance(error, click.BadParameter) and error.param else None
+    if name and error.ctx.get_parameter_source(name) == ParameterSource.ENVIRONMENT:
+        message += f" It is set by {error.ctx.auto_envvar_prefix}_{name.upper()}."
     return f"{message} Try '{error.ctx.command_path} --help'."
 
 
@@ -95,9 +109,10 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _memory_sentence(error: BaseException) -> str:
     where = "The GPU" if "cuda" in str(error).lower() else "The machine"
-    detail = _first_line(error).removesuffix(".")
+    asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
+    detail = f" (it was asked for {asked[1]} more)" if asked else ""
     return (
-        f"{where} ran out of memory{f' ({detail})' if detail else ''}; ask for a smaller --height and "
+        f"{where} ran out of memory{detail}; ask for a smaller --height and "
         "--width or fewer --frames, close what else uses its memory, or choose a smaller card's --profile."
     )
 

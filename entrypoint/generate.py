@@ -1,5 +1,6 @@
 """One video from the shell: the cheap checks, the pipeline, the files; latents outlive a late failure."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from entrypoint import output
-from entrypoint.events import Reporter, Result
+from entrypoint.events import Peak, Reporter, Result
 from entrypoint.failures import RunFailedError
 from entrypoint.latents import keep_latents
-from entrypoint.meter import Meter, Peak
 from entrypoint.progress import make_reporter
+from entrypoint.table import count
+from runtime.device import select_device
 from runtime.errors import OutputCheckError, OutputError
+from runtime.memory.meter import host_peak
+from runtime.profiles import DEFAULT_MODEL, find_model, load_profile, manifest_of
 from runtime.request import CheckedRequest, Request, check
+from runtime.schema import ModelManifest, Profile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from runtime.tokenizer import Tokens
     from runtime.video import Video
 
+DIRECTORY_MODEL = "directory"  # the family of a model that was given as a directory of weights
 UNKNOWN_SHOWN = 5  # words of a prompt that the vocabulary lacks; more would bury the sentence
 
 
@@ -30,7 +36,7 @@ UNKNOWN_SHOWN = 5  # words of a prompt that the vocabulary lacks; more would bur
 class Where:
     """Which model runs, on what, and where its files go."""
 
-    model: str
+    model: str | None  # None: the default, or for latents that which made them
     weights: Path | None
     profile: str
     device: str
@@ -38,13 +44,22 @@ class Where:
     overwrite: bool
     contact_sheet: bool
 
+    def machine(self) -> tuple[Profile, str]:
+        """Profile and device; RequestError, DeviceError."""
+        return select_device(self.device, load_profile(self.profile))
+
+    def choose(self) -> tuple[Profile, str, ModelManifest, Path]:
+        """Profile, device, model and the directory of its files; RequestError, DeviceError, WeightsError."""
+        profile, device = self.machine()
+        manifest, directory = find_model(self.model or DEFAULT_MODEL, profile, self.weights)
+        return profile, device, manifest, directory
+
 
 @dataclass
 class Account:
     """What a run has cost so far, phase by phase, and whom to tell."""
 
     reporter: Reporter
-    meter: Meter = field(default_factory=Meter)
     begun: float = field(default_factory=time.perf_counter)
     timings: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, Peak] = field(default_factory=dict)
@@ -52,14 +67,25 @@ class Account:
     def stage(self, stage: "Stage") -> None:
         """Take note of a piece of work, and tell of it."""
         self.timings[stage.phase] = stage.seconds
-        if stage.step == stage.steps:
-            self.peaks[stage.phase] = self.meter.lap()
+        self.peaks[stage.phase] = Peak(host_peak(), _vram_peak(forget=stage.step == stage.steps))
         self.reporter.stage(stage)
 
     @property
     def seconds(self) -> float:
         """Since the run began."""
         return time.perf_counter() - self.begun
+
+
+def _vram_peak(*, forget: bool) -> int | None:
+    """The peak since it was last forgotten, of the GPU that has the highest; None if none is in use."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    devices = range(torch.cuda.device_count())
+    peak = max(torch.cuda.max_memory_reserved(device) for device in devices)
+    for device in devices if forget else ():
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 @dataclass
@@ -158,14 +184,12 @@ def _save_sheet(video: "Video", path: Path, reporter: Reporter) -> Path | None:
 
 
 def _check(request: Request, where: Where) -> tuple[CheckedRequest, str]:
-    """All that can be refused without torch and without a byte of weights; and in a line, what will be made."""
-    from runtime.device import select_device
-    from runtime.profiles import find_model, load_profile
-
-    profile, device = select_device(where.device, load_profile(where.profile))
-    manifest, _ = find_model(where.model, profile, where.weights)
-    checked = check(request, manifest)
-    size = f"{checked.width}x{checked.height}, {checked.frames} frames, seed {checked.seed}"
+    """Refuse what can be refused without torch and weights; else the request, and in a line what it makes."""
+    profile, device = where.machine()
+    model = where.model or DEFAULT_MODEL
+    checked = check(request, manifest_of(model, profile), device)  # a wrong size before missing weights
+    manifest, _ = find_model(model, profile, where.weights)
+    size = f"{checked.width}x{checked.height}, {count(checked.frames, 'frame')}, seed {checked.seed}"
     return checked, f"{size}; model {manifest.name} on {device} with profile {profile.name}"
 
 
@@ -174,7 +198,7 @@ def _load(where: Where, account: Account) -> "Pipeline":
 
     return Pipeline.load(
         where.weights,
-        model=where.model,
+        model=where.model or DEFAULT_MODEL,
         profile=where.profile,
         device=where.device,
         on_stage=account.stage,
@@ -209,7 +233,7 @@ def _save_asked(keeper: Keeper, reporter: Reporter) -> None:
 
 def _describe(checked: CheckedRequest, where: Where, pipe: "Pipeline") -> dict[str, str]:
     """Metadata for the latents: with it, `t2v decode` needs no options."""
-    directory = where.model if pipe.manifest.family == "directory" else None
+    directory = where.model if pipe.manifest.family == DIRECTORY_MODEL else None
     return {
         "prompt": checked.prompt,
         "seed": str(checked.seed),

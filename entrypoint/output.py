@@ -54,6 +54,7 @@ def choose(output: Path | None, stem: str, overwrite: bool) -> Target:
         directory = default_directory() if output is None else output.expanduser()
         explicit = output is not None and not directory.is_dir()
         path = directory if explicit else free_name(directory / f"{stem}{SUFFIX}", SUFFIX)
+        _refuse_below_a_file(path)
         check_output(path, overwrite)
     except OSError as error:  # a name too long, a directory that may not be looked into
         raise OutputError(
@@ -90,3 +91,11 @@ def slug(text: str) -> str:
         joined = "".join(re.findall(r"[^\W_]", text.lower()))
         name = joined.encode()[:SLUG_BYTES].decode(errors="ignore")
     return name or "video"
+
+
+def _refuse_below_a_file(path: Path) -> None:
+    parents = [parent for parent in path.absolute().parents if parent.exists()]
+    if not parents[0].is_dir():
+        raise OutputError(
+            f"{parents[0]} is a file, so {path} cannot be created below it; name another --output."
+        )

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Self
 import click
 
 from entrypoint.events import JsonReporter, Reporter, Result, tell, tell_warning
-from entrypoint.meter import Peak
-from entrypoint.table import aligned, duration, size
+from entrypoint.table import aligned, count, duration, size
 
 if TYPE_CHECKING:
     from runtime.pipeline import Stage
@@ -120,31 +119,19 @@ class LiveReporter(HumanReporter):
 
 def summary(result: Result) -> list[str]:
     """The table of phases, and one line about the video."""
-    peaks = result.peak_memory.values()
-    shown = [
-        (name, attribute)
-        for name, attribute in (("peak RAM", "ram"), ("peak VRAM", "vram"))
-        if any(getattr(peak, attribute) is not None for peak in peaks)
-    ]
-
-    def row(title: str, seconds: float, amounts: list[int | None]) -> list[str]:
-        return [title, duration(seconds), *("-" if a is None else size(a) for a in amounts)]
-
+    gpu = any(peak.vram is not None for peak in result.peak_memory.values())
     rows = []
-    for phase, seconds in result.timings.items():
-        peak = result.peak_memory.get(phase, Peak(None, None))
-        rows.append(row(TITLES.get(phase, phase), seconds, [getattr(peak, a) for _, a in shown]))
-    highest = [
-        max((getattr(p, a) for p in peaks if getattr(p, a) is not None), default=None) for _, a in shown
-    ]
-    rows.append(row("total", result.seconds, highest))
-    lines = aligned(["phase", "time", *(name for name, _ in shown)], rows, right=range(1, 4))
+    for phase, seconds in [*result.timings.items(), ("total", result.seconds)]:
+        peaks = [result.peak_memory[phase]] if phase != "total" else [*result.peak_memory.values()]
+        ram, vram = max(peak.ram for peak in peaks), max(peak.vram or 0 for peak in peaks)
+        memory = [size(ram), size(vram)] if gpu else [size(ram)]
+        rows.append([TITLES.get(phase, phase), duration(seconds), *memory])
+    header = ["phase", "time", "peak RAM", *(["peak VRAM"] if gpu else [])]
+    lines = aligned(header, rows, right=range(1, 4))
     lines[0] = click.style(lines[0], bold=True)
     seed = "" if result.seed is None else f", seed {result.seed}"
-    about = (
-        f"{result.width}x{result.height}, {result.frames} frames, {result.frames / result.fps:.1f} s at "
-        f"{result.fps} fps; {result.model}{seed}"
-    )
+    length = f"{count(result.frames, 'frame')}, {result.frames / result.fps:.1f} s at {result.fps} fps"
+    about = f"{result.width}x{result.height}, {length}; {result.model}{seed}"
     beside = [
         f"{name}: {path}"
         for name, path in (("latents", result.latents), ("contact sheet", result.contact_sheet))

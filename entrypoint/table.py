@@ -24,6 +24,11 @@ def size(nbytes: int) -> str:
     return f"{nbytes} B" if unit == "B" else f"{amount:.1f} {unit}"
 
 
+def count(number: int, noun: str) -> str:
+    """`1 frame`, `81 frames`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def aligned(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],

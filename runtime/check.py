@@ -17,23 +17,24 @@ def check_latents(latents: Tensor, step: int, steps: int) -> None:
     if not bool(finite.all()):
         bad = latents.numel() - int(finite.sum())
         raise OutputCheckError(
-            f"{bad} of {latents.numel()} latent values {where} are not finite, so the video would be black or noise. "
-            "Run again with --device cpu or another model variant to see whether the GPU or the weights are at fault."
+            f"{bad} of {latents.numel()} latent values {where} are not finite, so the video would be black "
+            "or noise: run it again with another model variant or with --device cpu, to see whether the "
+            "weights or the GPU are at fault."
         )
     deviation = float(latents.float().std())
     if deviation < MIN_LATENT_STD:
         raise OutputCheckError(
-            f"The latents {where} are flat (standard deviation {deviation:.1e}, expected about 1), so the video would "
-            "be one colour. Check the weights, then the prompt."
+            f"The latents {where} are flat (standard deviation {deviation:.1e}, expected about 1), so the "
+            "video would be one colour: check the weights, then the prompt."
         )
 
 
 def check_decoded(frames: Tensor, first_frame: int) -> None:
-    """Refuse decoded frames (float, any layout) that are not finite; `first_frame` is their place in the video."""
+    """Refuse decoded frames (float, any layout) that are not finite; `first_frame` is the first's number."""
     if not bool(torch.isfinite(frames).all()):
         raise OutputCheckError(
-            f"The decoded pixels from frame {first_frame} on are not finite. The latents are good: decode them "
-            "again in fp32 (profile setting vae.dtype) or on the CPU."
+            f"The decoded pixels from frame {first_frame} on are not finite, although the latents are good: "
+            "decode them again with --device cpu, or with a profile whose vae.dtype is fp32."
         )
 
 
@@ -42,6 +43,6 @@ def check_frames(frames: np.ndarray) -> None:
     deviation = float(frames.std(dtype=np.float64))
     if deviation < MIN_FRAME_STD:
         raise OutputCheckError(
-            f"The video is one flat colour (standard deviation {deviation:.2f} of 255 levels, expected several). "
-            "The latents are kept: decode them again in fp32, or check the VAE file."
+            f"The video is one flat colour (standard deviation {deviation:.2f} of 255 levels, expected "
+            "several): check the VAE file, then the prompt."
         )

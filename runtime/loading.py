@@ -113,7 +113,9 @@ def load_vae(
 
 def load_tokenizer(files: ModelFiles, manifest: ModelManifest) -> PromptTokenizer:
     """The prompt tokenizer with the model's text length."""
-    return PromptTokenizer(files.tokenizer, max_length=manifest.sampling.text_len)
+    # config.json beside the weights may say another length than the family's; the transformer will have it.
+    length = files.transformer.sizes().get("text_len", manifest.sampling.text_len)
+    return PromptTokenizer(files.tokenizer, max_length=length)
 
 
 def home_devices(profile: Profile, device: str) -> tuple[str, str]:

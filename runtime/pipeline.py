@@ -129,7 +129,7 @@ class Pipeline:
 
     def stages(self, request: Request) -> Iterator[Stage]:
         """Run `request` piece by piece. Raises RequestError first, OutputCheckError for a broken result."""
-        checked = check(request, self.manifest)
+        checked = check(request, self.manifest, self.device)
         clock = _PhaseClock()
 
         clock.begin("text")

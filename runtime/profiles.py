@@ -155,6 +155,14 @@ def _read(path: Path) -> str:
         raise RequestError(f"{path}: is not UTF-8 text; expected a YAML file.") from error
 
 
+def _at_home(path: str | Path) -> Path:
+    """`path` with ~ as the shell has it: unchanged where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def _load(kind: type[Checked], path: Path) -> Checked:
     loaded = parse(kind, _read(path), str(path))
     if loaded.name != path.stem:
@@ -171,7 +179,9 @@ def _shelf(kind: str) -> Path:
 
 def _unknown(what: str, name: str, known: list[str], how: str) -> RequestError:
     plain = {re.sub(r"[^a-z0-9]", "", other): other for other in known}
-    near = difflib.get_close_matches(re.sub(r"[^a-z0-9]", "", name.lower()), plain, n=3, cutoff=0.5)
+    asked = re.sub(r"[^a-z0-9]", "", name.lower())
+    near = difflib.get_close_matches(asked, plain, n=3, cutoff=0.5)
+    near = near or [key for key in plain if asked and asked in key][:3]  # "wan" is short, but no mistake
     hint = f"did you mean {' or '.join(plain[key] for key in near)}? " if near else ""
     return RequestError(f"No {what} is called {_shown(name)}; {hint}{how}")
 
@@ -193,7 +203,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     """
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or "/" in name or name.endswith((".yaml", ".yml")):
-        return _load(Profile, Path(name_or_path).expanduser())
+        return _load(Profile, _at_home(name_or_path))
     known = list_profiles()
     if name not in known:
         raise _unknown(
@@ -239,19 +249,28 @@ def resolve_model(name: str, profile: Profile) -> ModelManifest:
     return chosen
 
 
+def manifest_of(name: str | Path, profile: Profile) -> ModelManifest:
+    """What `name` would be, whether or not its files are there: enough to check a request against."""
+    return model_from_directory(name, profile) if _is_directory(name) else resolve_model(str(name), profile)
+
+
+def _is_directory(name: str | Path) -> bool:
+    return isinstance(name, Path) or "/" in name or (name not in list_manifests() and Path(name).is_dir())
+
+
 def find_model(name: str | Path, profile: Profile, weights: Path | None = None) -> tuple[ModelManifest, Path]:
     """The manifest of `name` (see `resolve_model`), or of a checkpoint directory, and where its files are.
 
     Embedded weights lie where they ship, whatever `weights` says; all others in `weights`, or /weights. Of a
     family, a variant that lies there beats one that does not: who downloaded int8 is not told to get fp8.
     """
-    if isinstance(name, Path) or "/" in name or (name not in list_manifests() and Path(name).is_dir()):
-        return model_from_directory(name, profile), Path(name).expanduser()
-    manifest = resolve_model(name, profile)
+    if _is_directory(name):
+        return model_from_directory(name, profile), _at_home(name)
+    manifest = resolve_model(str(name), profile)
     embedded = manifest.embedded_directory()
     if embedded is not None:
         return manifest, embedded
-    directory = DEFAULT_WEIGHTS if weights is None else weights.expanduser()
+    directory = DEFAULT_WEIGHTS if weights is None else _at_home(weights)
     if not directory.is_dir():
         raise WeightsError(
             f"The weights directory {directory} does not exist; expected the files of {manifest.name} there: "
@@ -269,7 +288,7 @@ def model_from_directory(directory: str | Path, profile: Profile) -> ModelManife
     Variant: the one of the profile if it is there (its subdirectory, or its single file), else one that is
     there, else the directory itself taken as a variant directory.
     """
-    root = Path(directory).expanduser()
+    root = _at_home(directory)
     if not root.is_dir():
         raise RequestError(
             f"{root}: is not a directory; expected a model name (`t2v models`) or a directory of weights."

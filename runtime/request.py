@@ -52,8 +52,11 @@ class CheckedRequest:
         return 16, (self.frames - 1) // FRAME_STRIDE + 1, self.height // 8, self.width // 8
 
 
-def check(request: Request, manifest: "ModelManifest") -> CheckedRequest:
-    """Fill `request` from the manifest's defaults and refuse what the model cannot do (RequestError)."""
+def check(request: Request, manifest: "ModelManifest", device: str) -> CheckedRequest:
+    """Fill `request` from the manifest's defaults and refuse what model and device cannot do (RequestError).
+
+    `device` is where the video will be computed, `cpu` or `cuda:N`.
+    """
     defaults, sampling = manifest.defaults, manifest.sampling
     filled = replace(
         request,
@@ -81,6 +84,11 @@ def check(request: Request, manifest: "ModelManifest") -> CheckedRequest:
         raise RequestError(f"sampler is {filled.sampler!r}; expected lcm or euler.")
     if filled.noise_device not in ("cpu", "cuda"):
         raise RequestError(f"noise device is {filled.noise_device!r}; expected cpu or cuda.")
+    if filled.noise_device == "cuda" and device == "cpu":
+        raise RequestError(
+            "The noise device is cuda and the video is computed on the CPU; leave --noise-device out, or "
+            "name a GPU with --device."
+        )
     if not 1 <= filled.steps <= 1000:
         raise RequestError(
             f"steps is {filled.steps}; expected 1 to 1000 ({manifest.name} is made for {sampling.steps})."
@@ -130,20 +138,20 @@ def _check_frames(value: int) -> None:
 
 
 def _check_distilled(request: Request, manifest: "ModelManifest") -> None:
-    """A distilled model has its steps and its guidance trained in; other values give blurred or burnt videos."""
+    """A distilled model has its steps and guidance trained in; others give blurred or burnt videos."""
     sampling = manifest.sampling
     if request.guidance is not None and request.guidance != sampling.guidance:
         raise RequestError(
-            f"guidance is {request.guidance:g}; {manifest.name} is distilled without classifier-free guidance, "
-            f"which is built into its weights: leave it out, or ask for {sampling.guidance:g}."
+            f"guidance is {request.guidance:g}; {manifest.name} is distilled to run without classifier-free "
+            f"guidance, which is built into its weights: leave it out, or ask for {sampling.guidance:g}."
         )
     if request.negative_prompt:
         raise RequestError(
-            f"A negative prompt was given, but {manifest.name} runs without guidance, so it would have no effect: "
-            "leave it out and say in the prompt what should be seen."
+            f"A negative prompt was given, but {manifest.name} runs without guidance, so it would have no "
+            "effect: leave it out, and say in the prompt what should be seen."
         )
     if request.steps != sampling.steps and not request.accept_nonstandard:
         raise RequestError(
-            f"steps is {request.steps}; {manifest.name} is distilled for exactly {sampling.steps} steps, and more or "
-            f"fewer make its pictures worse. Leave --steps out, or pass --accept-nonstandard to run it anyway."
+            f"steps is {request.steps}; {manifest.name} is distilled for exactly {sampling.steps} steps, and "
+            "more or fewer make its pictures worse: leave --steps out, or add --accept-nonstandard to try."
         )

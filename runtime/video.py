@@ -93,19 +93,22 @@ def check_output(path: str | Path, overwrite: bool = False, need: int = MIN_FREE
     Raises OutputError: not .mp4, a directory, there already, its directory not writable, less than `need`
     bytes free. Returns the path with ~ expanded.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise OutputError(f"The output {path} is a directory; expected a file, such as {path / 'video.mp4'}.")
-    if path.suffix.lower() != ".mp4":
-        raise OutputError(f"The output {path} ends in {path.suffix!r}; expected .mp4.")
-    _refuse_existing(path, overwrite)
+    path = Path(path)
     try:
+        path = path.expanduser()
+        if path.is_dir():
+            raise OutputError(
+                f"The output {path} is a directory; expected a file, like {path / 'video.mp4'}."
+            )
+        if path.suffix.lower() != ".mp4":
+            raise OutputError(f"The output {path} ends in {path.suffix!r}; expected .mp4.")
+        _refuse_existing(path, overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = _part(path)
         probe.touch()
         probe.unlink()
         free = shutil.disk_usage(path.parent).free
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user for ~user
         raise OutputError(_os_sentence(path, error)) from error
     if free < need:
         raise OutputError(
@@ -259,7 +262,7 @@ def contact_sheet(frames: np.ndarray, path: str | Path, columns: int | None = No
     frames: uint8 (F, H, W, 3). Small ones are enlarged and large ones reduced by a whole factor.
     Raises OutputError when it cannot be written.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     if path.suffix.lower() != ".png":
         raise OutputError(f"The contact sheet {path} ends in {path.suffix!r}; expected .png.")
     chosen = np.linspace(0, len(frames) - 1, min(len(frames), SHEET_TILES)).round().astype(int)

@@ -64,7 +64,8 @@ class Checkpoint:
         self.kind: Kind = kind
         self.path = path
         self.files: tuple[Path, ...] = tuple(sorted({info.file for info in stored.values()}))
-        self._mapped = dict(mapped or {})
+        # what cannot be read by offset; the rest of the mapping is let go
+        self._mapped = {name: t for name, t in (mapped or {}).items() if stored[name].offset is None}
         check_family(kind, path, stored)
         self.tensors = _canonical(kind, path, stored)
         self._quantized = _find_quantized(self.tensors)
@@ -105,10 +106,8 @@ class Checkpoint:
         >= 0.
         """
         info = self.tensors[name]
-        if info.offset is None and info.name in self._mapped:
-            tensor = self._mapped[info.name].contiguous().clone()
-        else:
-            tensor = read_tensor(info)
+        mapped = self._mapped.get(info.name)
+        tensor = read_tensor(info) if mapped is None else mapped.contiguous().clone()
         if not name.endswith(SCALE):
             return tensor
         scale = tensor.float().reshape(-1, 1)

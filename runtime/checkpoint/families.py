@@ -125,7 +125,11 @@ _FAMILIES: list[tuple[str, re.Pattern[str]]] = [
         re.compile(r"(encoder|decoder)\.(middle|mid_block|downsamples|upsamples|up_blocks|down_blocks)"),
     ),
     ("a tiny autoencoder (TAEHV)", re.compile(r"(encoder|decoder)\.\d+\.")),
-    ("a Wan transformer", re.compile(r"blocks\.\d+\.|(text|time)_embedding\.|time_projection\.")),
+    ("a umT5 text encoder", re.compile(r"blocks\.\d+\.(ffn\.(gate|fc[12])|norm1)\.")),
+    (
+        "a Wan transformer",
+        re.compile(r"blocks\.\d+\.(ffn|norm|modul)|(text|time)_embedding\.|time_projection\."),
+    ),
 ]
 WANTED: dict[Kind, str] = {
     "transformer": "a Wan transformer",
@@ -250,7 +254,8 @@ def read_config(kind: Kind, where: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} says model_type {model_type!r}; expected a text-to-video model ('t2v')")
     said = {ours: config[theirs] for theirs, ours in _CONFIG_KEYS[kind].items() if theirs in config}
     for key, value in said.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
+        number = isinstance(value, float) if key == "eps" else type(value) is int  # bool is an int too
+        if not number or not 0 < value < 2**31:
             raise WeightsError(f"{path} says {key} {value!r}; expected a positive number")
     return said
 

@@ -175,6 +175,11 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
             "save the bare state dict"
         )
     tensors = dict(loaded)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise WeightsError(
+                f"{path}: tensor {name} is sparse or of torch's quantized types; expected a plain one"
+            )
     base = _mapping_base(path, tensors)
     infos = {name: _pickled_info(path, name, tensor, base) for name, tensor in tensors.items()}
     return infos, tensors
@@ -195,10 +200,6 @@ def _pickle_fault(path: Path, error: Exception) -> str:
 
 
 def _pickled_info(path: Path, name: str, tensor: Tensor, base: int | None) -> TensorInfo:
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        raise WeightsError(
-            f"{path}: tensor {name} is sparse or of torch's quantized types; expected a plain tensor"
-        )
     whole = base is not None and tensor.is_contiguous()
     offset = tensor.data_ptr() - base if whole and base is not None and tensor.numel() else None
     return TensorInfo(

@@ -1,7 +1,7 @@
 """What a run really took: seconds and peaks of memory, phase by phase.
 
-The operating system keeps the peak of a process for its whole life, so a phase's host peak is "the peak up to
-its end"; torch's peaks are set back when a phase begins. torch is imported only when a CUDA device is metered.
+The operating system keeps the peak of a process for its whole life, so a phase's host peak is "the peak up
+to its end"; torch's peaks are set back when a phase begins. torch is imported only for a CUDA device.
 """
 
 import resource
@@ -20,9 +20,9 @@ def host_peak() -> int:
 
     VmHWM where there is /proc; else ru_maxrss, which a process inherits from the one that started it.
     """
-    peak = _status("VmHWM")
-    if peak is not None:
-        return peak
+    peak, resident = _status("VmHWM"), _status("VmRSS")
+    if peak is not None and resident is not None:
+        return max(peak, resident)  # the kernel brings the peak up to date with a little delay
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -86,10 +86,12 @@ class PhaseMeter:
         self._open = name
         self._begin()
         start = time.perf_counter()
+        completed = False
         try:
             yield
+            completed = True
         finally:
-            allocated, reserved = self._end()
+            allocated, reserved = self._end(completed)
             seconds = time.perf_counter() - start
             self._open = None
             self.phases.append(PhasePeaks(name, seconds, host_peak(), host_resident(), allocated, reserved))
@@ -114,11 +116,12 @@ class PhaseMeter:
         torch.cuda.synchronize(self.device)  # what the phase before still computes is its own
         torch.cuda.reset_peak_memory_stats(self.device)
 
-    def _end(self) -> tuple[int, int]:
-        """Peaks (allocated, reserved) since `_begin`, once the device has finished."""
+    def _end(self, completed: bool) -> tuple[int, int]:
+        """Peaks (allocated, reserved) since `_begin`, once the device has finished what was asked of it."""
         if not self.device.startswith("cuda"):
             return 0, 0
         import torch
 
-        torch.cuda.synchronize(self.device)
+        if completed:  # after a fault of the device this would raise in the place of the fault
+            torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)

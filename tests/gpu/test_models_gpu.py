@@ -2,7 +2,7 @@
 
     python -m pytest tests/gpu -m gpu -s
 
-The reference is the same code in fp32, which tests/parity holds to diffusers and transformers. For a quantized
+The reference is the same code in fp32, which tests/parity holds to diffusers and transformers. Of a quantized
 format two distances are printed: to the model with the original weights (what a user gets), and to the model
 with the weights as the file holds them (what quantized activations and bf16 add).
 """

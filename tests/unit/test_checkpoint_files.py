@@ -135,9 +135,28 @@ def test_a_wrong_header_entry_names_its_tensor(tmp_path: Path, entry: object) ->
         read_header(path)
 
 
+def test_overlapping_tensors_are_named(tmp_path: Path) -> None:
+    """Their bytes add up to the file's size, because there is a hole as well."""
+    path = tmp_path / "overlap.safetensors"
+    write_safetensors(path, {"all": torch.ones(30, dtype=torch.int8)})
+    entry = {"dtype": "I8", "shape": [10]}
+    spans = {"one": [0, 10], "two": [0, 10], "three": [20, 30]}
+    replace_header(path, {name: {**entry, "data_offsets": span} for name, span in spans.items()})
+    with pytest.raises(WeightsError, match=r"overlap\.safetensors: tensor two begins at byte"):
+        read_header(path)
+
+
+def test_a_name_that_occurs_twice_is_told(tmp_path: Path) -> None:
+    entry = '"a": {"dtype": "I8", "shape": [2], "data_offsets": [0, 2]}'
+    text = f"{{{entry}, {entry}}}".encode()
+    (tmp_path / "twice.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"xy")
+    with pytest.raises(WeightsError, match=r"twice\.safetensors.*a name occurs twice"):
+        read_header(tmp_path / "twice.safetensors")
+
+
 @pytest.mark.parametrize(
     "text",
-    [b"{", b"[]", b"\xff\xfe", b'{"a": {}, "a": {}}', b"[" * 100_000, b"null", b'{"a":' + b"9" * 5000 + b"}"],
+    [b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b"null", b'{"a":' + b"9" * 5000 + b"}"],
 )
 def test_a_header_that_is_no_object_is_named(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "json.safetensors"

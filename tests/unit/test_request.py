@@ -14,6 +14,7 @@ from runtime.request import CheckedRequest, Request, check
 from runtime.schema import ModelManifest
 
 DISTILLED = load_manifest("wan2.1-t2v-14b-4step-fp8")
+GPU = "cuda:0"
 BASE = Request(prompt="A red fox runs in snow.")
 # Both sides of every limit, numbers of the size that people type, and numbers that nobody should.
 NUMBERS = st.one_of(st.integers(-20, 20), st.integers(-5000, 20000), st.integers(), st.integers(16300, 16500))
@@ -27,7 +28,7 @@ def undistilled() -> ModelManifest:
 
 def refusal(manifest: ModelManifest = DISTILLED, **fields: Any) -> str:
     with pytest.raises(RequestError) as caught:
-        check(replace(BASE, **fields), manifest)
+        check(replace(BASE, **fields), manifest, GPU)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
@@ -36,14 +37,14 @@ def refusal(manifest: ModelManifest = DISTILLED, **fields: Any) -> str:
 @given(value=NUMBERS)
 def test_a_size_passes_or_its_nearest_values_do(field: str, value: int) -> None:
     try:
-        checked = check(replace(BASE, **{field: value}), DISTILLED)
+        checked = check(replace(BASE, **{field: value}), DISTILLED, GPU)
     except RequestError as error:
         message = str(error)
         assert message.startswith(f"{field} is {value};")
         nearest = [int(number) for number in re.findall(r"\d+", message.split("Nearest:")[1])]
         assert 1 <= len(nearest) <= 2
         for near in nearest:
-            assert getattr(check(replace(BASE, **{field: near}), DISTILLED), field) == near
+            assert getattr(check(replace(BASE, **{field: near}), DISTILLED, GPU), field) == near
         if len(nearest) == 2:  # the value lies between them
             assert nearest[0] < value < nearest[1]
     else:
@@ -55,11 +56,11 @@ def test_a_size_passes_or_its_nearest_values_do(field: str, value: int) -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("height", 480), ("width", 832), ("frames", 81), ("frames", 1)])
 def test_the_published_sizes_pass(field: str, value: int) -> None:
-    assert getattr(check(replace(BASE, **{field: value}), DISTILLED), field) == value
+    assert getattr(check(replace(BASE, **{field: value}), DISTILLED, GPU), field) == value
 
 
 def test_what_is_left_out_is_the_models_own() -> None:
-    checked = check(Request(), DISTILLED)
+    checked = check(Request(), DISTILLED, GPU)
     assert checked == CheckedRequest(
         prompt=DISTILLED.defaults.prompt,
         seed=42,
@@ -82,7 +83,7 @@ def test_an_empty_prompt_is_refused(prompt: str) -> None:
 @given(seed=st.integers())
 def test_seeds(seed: int) -> None:
     if 0 <= seed < 2**63:
-        assert check(replace(BASE, seed=seed), DISTILLED).seed == seed
+        assert check(replace(BASE, seed=seed), DISTILLED, GPU).seed == seed
     else:
         assert f"seed is {seed}" in refusal(seed=seed)
 
@@ -90,14 +91,14 @@ def test_seeds(seed: int) -> None:
 @given(steps=NUMBERS)
 def test_a_distilled_model_has_its_own_number_of_steps(steps: int) -> None:
     if steps == 4:
-        assert check(replace(BASE, steps=4), DISTILLED).steps == 4
+        assert check(replace(BASE, steps=4), DISTILLED, GPU).steps == 4
         return
     message = refusal(steps=steps)
     assert f"steps is {steps}" in message
     if 1 <= steps <= 1000:
         assert "--accept-nonstandard" in message and "4" in message
-        assert check(replace(BASE, steps=steps, accept_nonstandard=True), DISTILLED).steps == steps
-        assert check(replace(BASE, steps=steps), undistilled()).steps == steps
+        assert check(replace(BASE, steps=steps, accept_nonstandard=True), DISTILLED, GPU).steps == steps
+        assert check(replace(BASE, steps=steps), undistilled(), GPU).steps == steps
     else:
         refusal(steps=steps, accept_nonstandard=True)
 
@@ -109,12 +110,12 @@ def test_guidance_is_refused_with_the_reason(guidance: float) -> None:
 
 
 def test_the_models_own_guidance_passes() -> None:
-    assert check(replace(BASE, guidance=1.0), DISTILLED) == check(BASE, DISTILLED)
+    assert check(replace(BASE, guidance=1.0), DISTILLED, GPU) == check(BASE, DISTILLED, GPU)
 
 
 def test_a_negative_prompt_is_refused_with_the_reason() -> None:
     assert "no effect" in refusal(negative_prompt="blurry")
-    assert check(replace(BASE, negative_prompt=""), DISTILLED).prompt == BASE.prompt
+    assert check(replace(BASE, negative_prompt=""), DISTILLED, GPU).prompt == BASE.prompt
 
 
 @pytest.mark.parametrize(

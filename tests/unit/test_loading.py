@@ -1,0 +1,87 @@
+"""From a directory to models: what a variant holds, what a wrong manifest says, where the parts rest."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import loading
+from runtime.errors import WeightsError
+from runtime.linear import QuantizedLinear
+from runtime.profiles import find_model, load_manifest, load_profile
+from runtime.schema import ModelManifest
+from tests import tiny
+
+
+def manifest_of(directory: Path, **changes: object) -> tuple[ModelManifest, Path]:
+    manifest, where = find_model(directory, load_profile("cpu"))
+    return manifest.model_copy(update=changes), where
+
+
+@pytest.mark.parametrize("variant", ["bf16", "fp8", "int8"])
+def test_each_variant_loads_in_its_own_format(tiny_checkpoint: Path, variant: str) -> None:
+    directory = tiny_checkpoint / ("distill_models" if variant == "bf16" else f"distill_{variant}")
+    manifest, where = manifest_of(directory)
+    files = loading.open_files(manifest, where)
+    read: list[int] = []
+    model = loading.load_transformer(files.transformer, manifest, "cpu", torch.float32, read.append)
+    encoder = loading.load_text_encoder(files.text_encoder, manifest, "cpu", torch.float32)
+    eight_bit = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    assert len(eight_bit) == (0 if variant == "bf16" else 10 * tiny.TRANSFORMER.num_layers)
+    assert {m.form.name for m in eight_bit} <= {variant}
+    assert any(isinstance(m, QuantizedLinear) for m in encoder.modules()) == (variant != "bf16")
+    assert sum(read) == files.transformer.nbytes
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_sizes_come_from_the_tensors(tiny_checkpoint: Path) -> None:
+    manifest, where = manifest_of(tiny_checkpoint)
+    files = loading.open_files(manifest, where)
+    model = loading.load_transformer(files.transformer, manifest, "cpu", torch.float32)
+    assert model.config == tiny.TRANSFORMER
+    vae = loading.load_vae(files.vae, manifest, "cpu", torch.float32)
+    assert vae.config == tiny.VAE_SIZES
+
+
+def test_a_manifest_of_other_sizes_names_both(tiny_checkpoint: Path) -> None:
+    pinned = load_manifest("wan2.1-t2v-14b-4step-bf16")
+    manifest, where = manifest_of(tiny_checkpoint, transformer=pinned.transformer)
+    files = loading.open_files(manifest, where)
+    with pytest.raises(WeightsError, match=r"128.*5120|5120.*128"):
+        loading.load_transformer(files.transformer, manifest, "cpu", torch.float32)
+
+
+def test_an_fp8_file_in_a_bf16_place_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    swapped = tmp_path / "weights"
+    swapped.mkdir()
+    (swapped / "google").symlink_to(tiny_checkpoint / "google")
+    (swapped / "distill_models").symlink_to(tiny_checkpoint / "distill_fp8")
+    manifest = load_manifest("wan2.1-t2v-14b-4step-bf16")
+    with pytest.raises(WeightsError, match=r"fp8.*bf16"):
+        loading.open_files(manifest, swapped)
+
+
+def test_a_missing_part_names_the_places(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "weights"
+    partial.mkdir()
+    (partial / "distill_fp8").mkdir()
+    for file in (tiny_checkpoint / "distill_fp8").iterdir():
+        if file.name != "Wan2.1_VAE.pth":
+            (partial / "distill_fp8" / file.name).symlink_to(file)
+    (partial / "google").symlink_to(tiny_checkpoint / "google")
+    manifest, where = manifest_of(partial)
+    with pytest.raises(WeightsError, match=r"Wan2\.1_VAE"):
+        loading.open_files(manifest, where)
+    # the spec's second place: the directory above the variant
+    (partial / "Wan2.1_VAE.pth").symlink_to(tiny_checkpoint / "distill_fp8" / "Wan2.1_VAE.pth")
+    assert loading.open_files(manifest, where).vae.path == partial / "Wan2.1_VAE.pth"
+
+
+def test_the_profile_says_where_parts_rest() -> None:
+    profile = load_profile("cpu")
+    here = profile.model_copy(
+        update={"text_encoder": profile.text_encoder.model_copy(update={"stay_on_gpu": True})}
+    )
+    away = profile.model_copy(update={"vae": profile.vae.model_copy(update={"stay_on_gpu": False})})
+    assert loading.home_devices(here, "cuda:0")[0] == "cuda:0"
+    assert loading.home_devices(away, "cuda:0")[1] == "cpu"
