@@ -90,7 +90,7 @@ class Profile(_Data):
     device: Literal["auto", "cuda", "cpu"]
     dtype: Dtype
     quantization: Quantization
-    vram_gb: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] | None
+    vram_gb: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] | None
     compute_capability: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}\.[0-9]$")] | None
     text_encoder: TextEncoderPlacement
     vae: VAEPlacement

@@ -108,7 +108,8 @@ def test_frozen() -> None:
     [
         ("dtype", "bf61", ["dtype", "'bf61'", "bf16"]),
         ("dtype", ..., ["dtype", "missing"]),
-        ("vram_gb", 0, ["vram_gb", "0", "greater than 0"]),
+        ("vram_gb", 0, ["vram_gb", "0", "greater than or equal to 1"]),
+        ("vram_gb", 1e-200, ["vram_gb", "1e-200"]),
         ("vram_gb", -1.5, ["vram_gb", "-1.5"]),
         ("vram_gb", float("inf"), ["vram_gb", "finite"]),
         ("vram_gb", "24", ["vram_gb", "'24'", "number"]),
