@@ -2,21 +2,17 @@
 
 Layout in the file and here: weight (out, in) e4m3, row-major; weight_scale (out, 1) fp32; bias (out,).
 
-    s_a[m] = absmax(x[m]) / 448        q[m] = e4m3(x[m] / s_a[m]), saturated, ties to even; a zero row stays
-    zero y[m,n] = round( (q[m] . w[n]) * s_a[m] * s_w[n] + bias[n] )       dot product accumulated in fp32,
-    one rounding
+    s_a[m] = absmax(x[m]) / 448
+    q[m]   = e4m3(x[m] / s_a[m]), saturated, ties to even; a row of zeros stays zero
+    y[m,n] = round( (q[m] . w[n]) * s_a[m] * s_w[n] + bias[n] )      summed in fp32, rounded once
 
-Ways to multiply, the first that works on the GPU, found once by a trial run that is checked against
-`reference`:
+Ways to multiply, the first that works on the GPU, found by a trial run that is checked against `reference`:
   rowwise      torch._scaled_mm with both scales in its epilogue. Hopper and newer; on Ada it depends on the
-  torch
-               version. It writes bf16 only and takes a bias in bf16, so a bias stored in fp32 is rounded to
-               bf16 there.
+               version of torch. It writes bf16 only and takes a bias in bf16: one stored in fp32 is rounded.
   unscaled     torch._scaled_mm with scales of 1 and fp32 output, then the scales and the bias. Ada and newer;
-  the way
-               for fp16 and fp32 activations too.
-  dequantized  W in x's dtype and a plain product: Ampere, which has no fp8, and sizes that are no multiple of
-  16.
+               the way for fp16 and fp32 activations too.
+  dequantized  W in x's dtype and a plain product: Ampere, which has no fp8, and sizes that are no multiple
+               of 16.
 On the CPU it is `reference`.
 
 _scaled_mm wants its second operand column-major: `weight.t()` of a row-major weight is that without a copy.

@@ -8,9 +8,8 @@ Layout in the file and here: weight (out, in) int8, row-major; weight_scale (out
 The sum of K products is below 127 * 128 * K: int32 holds it up to K = 132,000, fp32 is exact only up to 2^24.
 
 Ways to multiply, found once per GPU by a trial run that is checked against `reference`:
-  integer      torch._int_mm (tensor cores from Turing on; more than 16 rows, both sizes multiples of 8), then
-  the
-               scales and the bias
+  integer      torch._int_mm (tensor cores from Turing on; more than 16 rows, both sizes multiples of 8),
+               then the scales and the bias
   dequantized  W in x's dtype and a plain product: sizes that are no multiple of 8, GPUs without the kernel
 On the CPU it is `reference`.
 """

@@ -1,7 +1,6 @@
 """What the 8-bit Linear classes share: their tensors, and the walk from x of any shape to y of its dtype.
 
-    y[m,n] = round( acc[m,n] * s_a[m] * s_w[n] + bias[n] )        acc = q_a @ q_w^T, fp32 (fp8) or int32
-    (int8)
+    y[m,n] = round( acc[m,n] * s_a[m] * s_w[n] + bias[n] )      acc = q_a @ q_w^T, in fp32 (fp8) or int32
 
 The sum is evaluated in fp32 and rounded once, to x's dtype. For all tokens of a video, x in fp32 or acc would
 be gigabytes, so rows go through in slices of bounded size.
@@ -86,7 +85,8 @@ class QuantizedLinear(nn.Module):
         step = max(SLICE_ELEMENTS // max(self.out_features, self.in_features) // 256 * 256, 256)
         y = torch.empty((count, self.out_features), dtype=rows.dtype, device=rows.device)
         for start in range(0, count, step):
-            q, scale = quantize_rows(rows[start : start + step], self.form)
+            # _scaled_mm takes row-major operands only, and quantizing keeps the strides of what came in.
+            q, scale = quantize_rows(rows[start : start + step].contiguous(), self.form)
             y[start : start + step] = finish(q, scale)
         return y
 

@@ -39,8 +39,10 @@ FORMATS = {"fp8": FP8, "int8": INT8}
 def row_scales(x: Tensor, form: Format, floor: float = ACTIVATION_FLOOR) -> Tensor:
     """fp32 scale of each row of x (..., K) -> (..., 1)."""
     # the infinity norm is absmax in one pass, without a copy of x
-    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True)
-    return absmax.float().clamp_min(floor) / form.qmax
+    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True).float().clamp_min(floor)
+    # Divided by a tensor: CUDA turns a division by a number into a product with its rounded reciprocal, whose
+    # last bit differs from the CPU's, and then entries between two levels go the other way.
+    return absmax / torch.full_like(absmax, form.qmax)
 
 
 def to_format(x: Tensor, scale: Tensor, form: Format) -> Tensor:
