@@ -37,10 +37,12 @@ demo: $(VENV)/.runtime  ## make a video from the demo checkpoint that is in this
 	@mkdir -p $(OUT)
 	@$(BIN)/t2v generate --model demo --device cpu --prompt "$(PROMPT)" --output $(OUT)/demo.mp4 --overwrite --contact-sheet
 
-demo-score: $(VENV)/.runtime  ## score the demo checkpoint on combinations that it was not trained on
-	@for variant in bf16 fp8 int8; do $(BIN)/python -m demo.evaluate --variant $$variant --prompts 108 || exit 1; done
+demo-score: $(VENV)/.runtime  ## score the demo checkpoint on combinations that it was not trained on (minutes on a CPU)
+	@$(BIN)/python -m demo.evaluate --variant bf16 --prompts 108 --at-least 0.90
+	@$(BIN)/python -m demo.evaluate --variant fp8 --prompts 108 --at-least 0.88
+	@$(BIN)/python -m demo.evaluate --variant int8 --prompts 108 --at-least 0.88
 
-demo-train: $(VENV)/.runtime  ## train the demo checkpoint again (needs a GPU; see docs/demo.md)
+demo-train: $(VENV)/.runtime  ## train the demo checkpoint again: 20 minutes on an H200 (docs/demo.md)
 	$(BIN)/python -m demo.train --out demo/weights
 
 test: $(VENV)/.dev  ## every test that needs no GPU

@@ -91,13 +91,13 @@ def initialise(model: Generator) -> None:
             nn.init.zeros_(parameter)
     net = model.transformer
     nn.init.normal_(model.text_encoder.token_embedding.weight)
-    for block in [*net.blocks, *model.text_encoder.blocks]:
-        if hasattr(block, "modulation"):
-            block.modulation.zero_()
-            block.modulation[:, (2, 5)] = 1.0  # the gates
-    for linear in (net.time_embedding[2], net.time_projection[1]):
-        nn.init.normal_(linear.weight, std=0.02)
-    net.head.modulation.zero_()
+    for name, parameter in net.named_parameters():
+        if name.endswith("modulation"):
+            nn.init.zeros_(parameter)
+            if name.startswith("blocks."):
+                parameter[:, (2, 5)] = 1.0  # the gates
+    for name in ("time_embedding.2.weight", "time_projection.1.weight"):
+        nn.init.normal_(net.get_parameter(name), std=0.02)
     _pass_through(net)
 
 
@@ -111,6 +111,7 @@ def _pass_through(net: Transformer) -> None:
     directions = torch.linalg.qr(directions - directions.mean(dim=0))[0]
     constant = directions[:, -1] * 3 * inputs**0.5
     net.patch_embedding.weight.copy_(directions[:, :-1].view_as(net.patch_embedding.weight))
+    assert net.patch_embedding.bias is not None  # built with one
     net.patch_embedding.bias.copy_(constant)
     gain = ((10 * inputs) / dim) ** 0.5  # norm of a token over that of a normalised one
     out = net.patch_embedding.weight.permute(3, 4, 1, 0, 2).reshape(inputs, dim)  # (ph, pw, channel) rows
@@ -185,7 +186,7 @@ class Pool:
     def likeliest(self, state: Tensor, sigma: Tensor, pick: Tensor) -> Tensor:
         """For each noisy state (B, 16, T, h, w), the clip of its scene that fits it best, (B,).
 
-        That is `pick` itself, unless another one is more likely by more than MARGIN. Up to a constant, the log
+        That is `pick` itself, unless another one is more likely by MARGIN. Up to a constant, the log
         likelihood of clean latents z is (<x, z> - |z|²(1-s)/2)·(1-s)/s². The scene's mean is taken off x and
         z first, so that bf16 keeps the difference between clips.
         """
@@ -296,17 +297,13 @@ def train_generator(
     *,
     batch: int = 256,
     rollout_batch: int = 160,
-    rate: float = 0.01,
+    rate: float = 0.022,
     rollout_from: float = 0.45,
-    compiled: bool = False,
     saved: Path | None = None,
 ) -> Generator:
     """Train until the clock ends; returns the averaged weights."""
     device = pool.device
     average = Average(model, 0.997)
-    if compiled:
-        for block in model.transformer.blocks:
-            block.compile()
     matrices, rest = split_parameters(model)
     muon = Muon(matrices, rate)
     adam = torch.optim.AdamW(rest, lr=0.1 * rate, betas=(0.9, 0.98), weight_decay=0.0)

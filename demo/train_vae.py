@@ -48,7 +48,7 @@ def initialise(vae: VAE) -> None:
                 nn.init.zeros_(module.bias)
     for module in vae.modules():
         if isinstance(module, ResidualBlock):
-            nn.init.zeros_(module.residual[6].weight)
+            nn.init.zeros_(module.residual.get_submodule("6").get_parameter("weight"))
         elif isinstance(module, FrameAttention):
             nn.init.zeros_(module.proj.weight)
         elif isinstance(module, Downsample) and module.time_conv is not None:
@@ -58,6 +58,7 @@ def initialise(vae: VAE) -> None:
     # The runtime normalises latents with the published model's constants: start with the inverse of that.
     mean, std = _constants(vae)
     z_dim = vae.config.z_dim
+    assert vae.conv1.bias is not None and vae.conv2.bias is not None  # both are built with one
     vae.conv1.weight[:z_dim].mul_(std.view(-1, 1, 1, 1, 1))
     vae.conv1.bias[:z_dim].copy_(mean)
     vae.conv1.weight[z_dim:].zero_()
@@ -140,10 +141,10 @@ def set_layout(vae: VAE, layout: torch.memory_format) -> None:
     """Lay the convolutions' weights out in memory as `layout` says; the numbers stay the same."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
-            module.to(memory_format=layout)
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
         elif isinstance(module, nn.Conv2d):
             flat = torch.channels_last if layout == torch.channels_last_3d else torch.contiguous_format
-            module.to(memory_format=flat)
+            module.weight.data = module.weight.data.contiguous(memory_format=flat)
 
 
 def _gradient(vae: VAE, batch: int, crop: bool, table: Tensor, fraction: float) -> Tensor:
@@ -249,6 +250,7 @@ def fold_statistics(vae: VAE, table: Tensor, clips: int) -> None:
     middle, width = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     mean, std = _constants(vae)
     z_dim = vae.config.z_dim
+    assert vae.conv1.bias is not None and vae.conv2.bias is not None  # both are built with one
     # New normalised latents z' = (z - middle) / width, with raw = z * std + mean on both sides.
     vae.conv1.weight[:z_dim].div_(width.view(-1, 1, 1, 1, 1))
     vae.conv1.bias[:z_dim].copy_((vae.conv1.bias[:z_dim] - mean - middle * std) / width + mean)

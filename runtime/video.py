@@ -40,7 +40,8 @@ LIMITED_RANGE = 1
 MIN_FREE = 8 << 20
 """Bytes that must be free before a run: an 81-frame 480p video takes 1 to 5 MB."""
 
-SHEET_TILES, SHEET_TILE_WIDTH, SHEET_GAP = 16, 320, 4  # of a contact sheet: at most, at least pixels, pixels
+SHEET_TILES, SHEET_TILE_WIDTH, SHEET_GAP, SHEET_GREY = 16, 320, 4, 64
+"""Of a contact sheet: tiles at most, pixels at least, pixels between, and their level."""
 
 
 @dataclass
@@ -271,7 +272,7 @@ def contact_sheet(frames: np.ndarray, path: str | Path, columns: int | None = No
     columns = min(columns or -(-len(tiles) // max(1, round(len(tiles) ** 0.5))), len(tiles))
     rows = -(-len(tiles) // columns)
     step_y, step_x = height + SHEET_GAP, width + SHEET_GAP
-    sheet = np.full((rows * step_y - SHEET_GAP, columns * step_x - SHEET_GAP, 3), 128, np.uint8)
+    sheet = np.full((rows * step_y - SHEET_GAP, columns * step_x - SHEET_GAP, 3), SHEET_GREY, np.uint8)
     for place, tile in enumerate(tiles):
         y, x = place // columns * step_y, place % columns * step_x
         sheet[y : y + height, x : x + width] = tile

@@ -16,7 +16,7 @@ Ways to multiply, the first that works on the GPU, found by a trial run that is 
 On the CPU it is `reference`.
 
 _scaled_mm wants its second operand column-major: `weight.t()` of a row-major weight is that without a copy.
-Its `use_fast_accum` is off: it keeps about 14 bits of the sums on Hopper.
+Its `use_fast_accum` is off: sums of 13,824 products have an RMS error of 1.3e-4 then, 2.8e-3 with it (H200)
 """
 
 from functools import cache

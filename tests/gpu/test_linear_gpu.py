@@ -21,6 +21,9 @@ CUDA = torch.device("cuda", 0)
 CLASSES: dict[str, type[QuantizedLinear]] = {"fp8": Fp8Linear, "int8": Int8Linear}
 WAYS = {"fp8": ("rowwise", "unscaled", "reference"), "int8": ("integer", "reference")}
 ROWS = (1, 2, 15, 16, 17, 31, 33, 512, 1001)
+# Largest error of a sum, relative to its entry. Hopper's fp8 units keep about 14 bits between additions even
+# without fast accumulation: 2.8e-3 was measured on an H200 at K = 13,824. int8 sums are exact.
+ACCUMULATION = {"fp8": 4e-3, "int8": 0.0}
 SIZES = ((64, 48), (256, 768), (5120, 1536), (13824, 640))  # (in, out)
 
 
@@ -123,8 +126,9 @@ def test_each_way_is_the_formula(
             assert y.dtype == dtype and y.shape == (count, out)
             worst = max(worst, distance(y, formula(linear, x)))
     print(f"{form} {way or 'own choice'} {dtype} bias {bias}: max diff {worst:.2f} roundings")
-    # one rounding is half a unit; fp8 adds the GPU's accumulation, rowwise the rounding of an fp32 bias
-    assert worst < ({"fp8": 4000, "int8": 8}[form] if dtype == torch.float32 else 2.5)
+    # One rounding is half a unit, that of an fp32 bias to bf16 may be another half; the rest is the sum.
+    accumulated = ACCUMULATION[form] / torch.finfo(dtype).eps
+    assert worst < (1.0 if dtype != torch.float32 else 3.0) + accumulated
 
 
 @pytest.mark.parametrize("fast", [False, True])
