@@ -7,7 +7,6 @@ videos with every attribute right is below `--at-least`.
 """
 
 import argparse
-import itertools
 import sys
 import time
 
@@ -25,15 +24,16 @@ def evaluate(
     sampler: str,
     steps: int = 4,
     seed: int = 0,
+    first_scene: int = 0,
     unseen_phrasing: bool = False,
 ) -> tuple[dict[str, float], list[tuple[int, Scene]]]:
     """Shares of right attributes over `prompts` videos, and the seed and scene of each wrong one.
 
-    Video i has seed `seed` + i and the i-th held-out scene, counted in turn.
+    Video i has seed `seed` + i and the held-out scene `first_scene` + i, counted in turn.
     """
     results, wrong = [], []
-    scenes = itertools.islice(itertools.cycle(HELD_OUT_SCENES), prompts)
-    for number, scene in enumerate(scenes, start=seed):
+    for number in range(seed, seed + prompts):
+        scene = HELD_OUT_SCENES[(first_scene + number - seed) % len(HELD_OUT_SCENES)]
         prompt = held_out_phrase(scene) if unseen_phrasing else scene.prompt()
         video = pipe(prompt, seed=number, sampler=sampler, steps=steps)
         results.append(score_video(video.frames, scene))
