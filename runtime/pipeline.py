@@ -135,10 +135,12 @@ class Pipeline:
         clock.begin("text")
         tokens = self.tokenizer(checked.prompt)
         text_states = self.encode_text(tokens)  # (1, text_len, text_dim)
+        negative_states = self.encode_negative(checked)
         yield replace(clock.stage(1, 1, text_states.nbytes), tokens=tokens)
 
         clock.begin("denoise")
-        for step, latents in enumerate(self.denoise(text_states, checked), start=1):  # (1, 16, T, h, w)
+        denoised = self.denoise(text_states, checked, negative_states)  # (1, 16, T, h, w) each
+        for step, latents in enumerate(denoised, start=1):
             check_latents(latents, step, checked.steps)
             yield clock.stage(step, checked.steps, latents.nbytes, latents=latents[0].cpu())
 
@@ -162,15 +164,32 @@ class Pipeline:
             states = self.text_encoder(ids, torch.ones_like(ids, dtype=torch.bool))  # (1, n, text_dim)
         return F.pad(states, (0, 0, 0, self.transformer.config.text_len - tokens.n))
 
+    def encode_negative(self, request: CheckedRequest) -> Tensor | None:
+        """Text states of what the video should move away from; None without guidance."""
+        if request.guidance == 1:
+            return None
+        negative = request.negative_prompt
+        return self.encode_text(self.tokenizer(negative) if negative.strip() else self.tokenizer.nothing())
+
     @torch.inference_mode()
-    def denoise(self, text_states: Tensor, request: CheckedRequest) -> Iterator[Tensor]:
-        """Latents (1, 16, T, h, w), fp32, after each step."""
+    def denoise(
+        self, text_states: Tensor, request: CheckedRequest, negative_states: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Latents (1, 16, T, h, w), fp32, after each step.
+
+        With `negative_states`, classifier-free guidance: v = v_neg + guidance * (v_text - v_neg).
+        """
         generator = torch.Generator(self.device if request.noise_device == "cuda" else "cpu")
         generator.manual_seed(request.seed)
         noise = draw_noise(request.latent_shape, generator)[None].to(self.device)
 
         def velocity_of(latents: Tensor, t: float) -> Tensor:
-            return self.transformer(latents, torch.tensor([t], device=self.device), text_states)
+            time = torch.tensor([t], device=self.device)
+            velocity = self.transformer(latents, time, text_states)
+            if negative_states is None:
+                return velocity
+            away = self.transformer(latents, time, negative_states)
+            return away + request.guidance * (velocity - away)
 
         sigmas = schedule(request.steps, request.shift)
         yield from denoise(velocity_of, noise, sigmas, request.sampler, generator)

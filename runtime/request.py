@@ -44,6 +44,8 @@ class CheckedRequest:
     steps: int
     sampler: str
     shift: float
+    guidance: float  # 1: none, one forward a step; else two
+    negative_prompt: str
     noise_device: str
 
     @property
@@ -95,6 +97,7 @@ def check(request: Request, manifest: "ModelManifest", device: str) -> CheckedRe
         )
     if sampling.distilled:
         _check_distilled(filled, manifest)
+    guidance = _guidance(filled, sampling.guidance)
     return CheckedRequest(
         prompt=filled.prompt,
         seed=filled.seed,
@@ -105,6 +108,8 @@ def check(request: Request, manifest: "ModelManifest", device: str) -> CheckedRe
         steps=filled.steps,
         sampler=filled.sampler,
         shift=sampling.shift,
+        guidance=guidance,
+        negative_prompt=filled.negative_prompt or "",
         noise_device=filled.noise_device,
     )
 
@@ -135,6 +140,19 @@ def _check_frames(value: int) -> None:
     raise RequestError(
         f"frames is {value}; expected 4n+1 from 1 to {limit}. Nearest: {' or '.join(map(str, nearest))}."
     )
+
+
+def _guidance(request: Request, usual: float) -> float:
+    """The scale of classifier-free guidance, 1 for none."""
+    guidance = usual if request.guidance is None else request.guidance
+    if not 0 <= guidance <= 100:
+        raise RequestError(f"guidance is {guidance:g}; expected 0 to 100 (1 is none, {usual:g} is usual).")
+    if request.negative_prompt and guidance == 1:
+        raise RequestError(
+            "A negative prompt was given with guidance 1, which is none, so it would have no effect: leave it "
+            "out, or ask for more --guidance."
+        )
+    return guidance
 
 
 def _check_distilled(request: Request, manifest: "ModelManifest") -> None:

@@ -62,6 +62,11 @@ class PromptTokenizer:
             unknown=self._unknown_pieces(text, encoding),
         )
 
+    def nothing(self) -> Tokens:
+        """The end mark alone: what an empty negative prompt stands for."""
+        ids = [EOS_ID] + [PAD_ID] * (self.max_length - 1)
+        return Tokens(ids=ids, n=1, truncated=False, total=1)
+
     def _unknown_pieces(self, text: str, encoding: Encoding) -> list[str]:
         spans = zip(encoding.ids, encoding.offsets, strict=True)
         pieces = [text[start:end].strip() for token, (start, end) in spans if token == self._unknown_id]

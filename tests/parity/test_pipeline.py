@@ -1,5 +1,6 @@
 """The whole path, prompt to 8-bit frames, against a loop of diffusers' and transformers' own parts."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from runtime.vae import VAE, VAEConfig
 
 TEXT_LEN, TEXT_DIM = 24, 32
 PROMPT = "a red  circle &amp; a blue square"
+NEGATIVE = "blue square"
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
@@ -61,7 +63,7 @@ def foreign_state(kind: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def reference_video(
-    pipe: Pipeline, sampler: str, seed: int, height: int, width: int, frames: int
+    pipe: Pipeline, sampler: str, seed: int, height: int, width: int, frames: int, guidance: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and frames in [-1, 1] by the reference libraries alone."""
     encoder = UMT5EncoderModel(
@@ -83,6 +85,9 @@ def reference_video(
     ids = torch.tensor([[3, 4, 5, 8, 3, 6, 7, 1] + [0] * (TEXT_LEN - 8)])
     mask = (ids != 0).long()
     states = encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+    negative_ids = torch.tensor([[6, 7, 1] + [0] * (TEXT_LEN - 3)])  # NEGATIVE
+    mask = (negative_ids != 0).long()
+    negative_states = encoder(negative_ids, attention_mask=mask).last_hidden_state * mask[..., None]
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=[1.0, 0.9375, 0.8333333134651184, 0.625])
@@ -91,6 +96,9 @@ def reference_video(
     latents = torch.randn(shape, generator=generator)[None]
     for i, t in enumerate(scheduler.timesteps):
         velocity = transformer(latents, t[None], states).sample
+        if guidance != 1:
+            away = transformer(latents, t[None], negative_states).sample
+            velocity = away + guidance * (velocity - away)
         if sampler == "euler":
             latents = scheduler.step(velocity, t, latents).prev_sample
         else:
@@ -127,6 +135,24 @@ def test_pipeline_equals_the_reference_parts(
         steps.max() <= 1 and (steps > 0).mean() < 0.01
     )  # only values that lie on a rounding edge may differ
     assert video.frames.std() > 1
+
+
+def test_guidance_equals_the_reference_parts(pipeline: Pipeline) -> None:
+    """Of a model that is not distilled: two forwards a step, away from the negative prompt."""
+    plain = pipeline.manifest.sampling.model_copy(update={"distilled": False, "guidance": 5.0})
+    pipe = copy.copy(pipeline)
+    pipe.manifest = pipeline.manifest.model_copy(update={"sampling": plain})
+    states = []
+    pipe(
+        PROMPT, negative_prompt=NEGATIVE, seed=4, height=32, width=48, num_frames=5, sampler="euler",
+        on_stage=lambda stage: states.append(stage.latents) if stage.latents is not None else None,
+    )  # fmt: skip
+    expected, _ = reference_video(pipe, "euler", 4, 32, 48, 5, guidance=5.0)
+    unguided, _ = reference_video(pipe, "euler", 4, 32, 48, 5)
+    distance = float((states[-1] - expected[0]).abs().max() / expected.abs().max())
+    print(f"guidance 5: latents max diff {distance:.2e}")
+    assert distance <= 1e-3
+    assert not torch.allclose(expected, unguided, atol=0.1)
 
 
 def test_frames_equal_the_reference_before_rounding(pipeline: Pipeline) -> None:

@@ -71,6 +71,8 @@ def test_what_is_left_out_is_the_models_own() -> None:
         steps=4,
         sampler="lcm",
         shift=5.0,
+        guidance=1.0,
+        negative_prompt="",
         noise_device="cpu",
     )
 
@@ -125,3 +127,15 @@ def test_a_negative_prompt_is_refused_with_the_reason() -> None:
 def test_other_fields_name_the_value_and_what_was_expected(field: str, value: Any) -> None:
     message = refusal(**{field: value})
     assert str(value) in message and "expected" in message
+
+
+def test_guidance_of_a_model_that_is_not_distilled() -> None:
+    plain = undistilled()
+    assert check(BASE, plain, GPU).guidance == plain.sampling.guidance
+    checked = check(replace(BASE, guidance=5.0, negative_prompt="blur"), plain, GPU)
+    assert (checked.guidance, checked.negative_prompt) == (5.0, "blur")
+    with pytest.raises(RequestError, match="no effect"):
+        check(replace(BASE, guidance=1.0, negative_prompt="blur"), plain, GPU)
+    for bad in (-1.0, 101.0, float("nan"), float("inf")):
+        with pytest.raises(RequestError, match="guidance is"):
+            check(replace(BASE, guidance=bad), plain, GPU)
