@@ -149,8 +149,8 @@ def _guidance(request: Request, usual: float) -> float:
         raise RequestError(f"guidance is {guidance:g}; expected 0 to 100 (1 is none, {usual:g} is usual).")
     if request.negative_prompt and guidance == 1:
         raise RequestError(
-            "A negative prompt was given with guidance 1, which is none, so it would have no effect: leave it "
-            "out, or ask for more --guidance."
+            "A negative prompt was given with guidance 1, which is none, so it would have no effect: leave "
+            "it out, or ask for more --guidance."
         )
     return guidance
 
