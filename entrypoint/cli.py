@@ -17,8 +17,11 @@ import click
 from click.core import ParameterSource
 
 from entrypoint import failures
+from entrypoint.convert import convert
+from entrypoint.explain import apply_config, explain
 from entrypoint.options import (
     SectionedCommand,
+    config_option,
     fps_option,
     latents_option,
     model_options,
@@ -26,8 +29,10 @@ from entrypoint.options import (
     request_options,
     talk_options,
 )
+from entrypoint.rerun import rerun
+from entrypoint.weights import weights
 from runtime.errors import RequestError
-from runtime.request import Request
+from runtime.request import MAX_PROMPT, Request
 
 DEFAULT_VERB = "generate"
 ENVIRONMENT = "T2V"
@@ -64,6 +69,11 @@ class Program(click.Group):
         if not args or (args[0].startswith("-") and args[0] not in OWN_OPTIONS):
             args = [DEFAULT_VERB, *args]
         return super().parse_args(ctx, args)
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Verbs of other files get the program's settings too."""
+        cmd.context_settings = {**SETTINGS, **cmd.context_settings}
+        super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of this file, which is that of use."""
@@ -114,6 +124,7 @@ def cli() -> None:
 
 @cli.command(cls=SectionedCommand, context_settings=SETTINGS)
 @request_options
+@config_option
 @model_options()
 @output_options
 @latents_option
@@ -123,6 +134,7 @@ def generate(ctx: click.Context, **given: Any) -> None:
     """Make one video from a prompt (the default)."""
     from entrypoint import generate as run
 
+    given = apply_config(ctx, given)
     request = Request(
         prompt=_prompt(ctx, given["prompt"], given["prompt_file"]),
         **{name: given[name] for name in REQUEST_FIELDS},
@@ -169,6 +181,14 @@ def models(name: str | None, json: bool, debug: bool) -> None:
     shelves.show_models(name, as_json=json)
 
 
+cli.add_command(rerun)
+cli.add_command(weights)
+weights.add_command(convert)
+
+
+cli.add_command(explain)
+
+
 def _show_version(ctx: click.Context, asked: bool) -> None:
     if not asked:
         return
@@ -188,25 +208,35 @@ def _where(given: dict[str, Any]) -> Any:
     from entrypoint.generate import Where
 
     names = ("model", "weights", "profile", "device", "output", "overwrite", "contact_sheet")
-    return Where(**{name: given[name] for name in names})
+    config = {name: given[name] for name in ("profile_changes", "notes") if name in given}
+    return Where(**{name: given[name] for name in names}, **config)
 
 
 def _prompt(ctx: click.Context, text: str | None, file: TextIO | None) -> str | None:
     """The prompt, from whichever option was given; the command line wins over the environment."""
+    if text is not None:
+        # An argument that is not UTF-8 comes with half surrogates, which neither JSON nor a video can hold.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if text is not None and file is not None:
         sources = {name: ctx.get_parameter_source(name) for name in ("prompt", "prompt_file")}
         if sources["prompt"] == sources["prompt_file"]:
             raise RequestError("Both --prompt and --prompt-file are given; leave one out.")
         if sources["prompt"] == ParameterSource.COMMANDLINE:
             return text
-    if file is None:
-        return text
+    return _read_prompt(file) if file is not None else text
+
+
+def _read_prompt(file: TextIO) -> str:
+    """The text of a prompt file, at most a character more than a prompt may have: stdin may never end."""
     try:
-        return file.read()
+        text = file.read(MAX_PROMPT + 1)
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{file.name} is not UTF-8 text ({error.reason}); save the prompt as UTF-8."
         ) from error
+    if "\0" in text:
+        raise RequestError(f"{file.name} is not text (it holds NUL characters); save the prompt as UTF-8.")
+    return text.removeprefix("\ufeff")  # the mark that Windows editors put before UTF-8
 
 
 def main() -> NoReturn:

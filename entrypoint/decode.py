@@ -13,6 +13,7 @@ from entrypoint.generate import Account, Where, save_video
 from entrypoint.latents import LATENTS_SUFFIX, SavedLatents, read_latents
 from entrypoint.progress import make_reporter
 from runtime.device import confirm_device
+from runtime.errors import RequestError
 
 if TYPE_CHECKING:
     from runtime.schema import ModelManifest
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.video import Video
 
 FALLBACK_FPS = 16
+MAX_FPS = 120  # as for a request
 
 
 def decode(path: Path, where: Where, *, prefer_own_model: bool, fps: int | None, as_json: bool) -> None:
@@ -27,6 +29,8 @@ def decode(path: Path, where: Where, *, prefer_own_model: bool, fps: int | None,
 
     `prefer_own_model`: the model that the latents name goes before that of `where`.
     """
+    if fps is not None and not 1 <= fps <= MAX_FPS:
+        raise RequestError(f"fps is {fps}; expected 1 to {MAX_FPS}.")
     saved = read_latents(path)
     models = (saved.model, where.model) if prefer_own_model else (where.model, saved.model)
     where = replace(where, model=models[0] or models[1] or None)
@@ -102,4 +106,5 @@ def _video(frames: np.ndarray, saved: SavedLatents, manifest: "ModelManifest", f
         "decoded_from": saved.metadata,
         "versions": versions(),
     }
-    return Video(frames, fps or saved.fps or FALLBACK_FPS, metadata)
+    recorded = saved.fps if saved.fps in range(1, MAX_FPS + 1) else None  # the file may say anything
+    return Video(frames, fps or recorded or FALLBACK_FPS, metadata)

@@ -62,7 +62,7 @@ def understand(error: BaseException) -> Failure:
     if isinstance(error, FourstepError):
         return Failure(error.exit_code, type(error).__name__, str(error))
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return Failure(INTERRUPTED, "Interrupted", "interrupted; no video was written.")
+        return Failure(INTERRUPTED, "Interrupted", "interrupted; nothing half-written is left.")
     if isinstance(error, click.ClickException):
         return Failure(error.exit_code, "UsageError", _usage_sentence(error))
     if _is_out_of_memory(error):

@@ -2,11 +2,11 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from entrypoint import output
 from entrypoint.events import Peak, Reporter, Result
@@ -43,10 +43,17 @@ class Where:
     output: Path | None
     overwrite: bool
     contact_sheet: bool
+    profile_changes: Mapping[str, Any] = field(default_factory=dict)  # by a --config: dotted field -> value
+    notes: tuple[str, ...] = ()  # on the --config, told before the run
 
     def machine(self) -> tuple[Profile, str]:
         """Profile and device; RequestError, DeviceError."""
-        return select_device(self.device, load_profile(self.profile))
+        profile, device = select_device(self.device, load_profile(self.profile))
+        if self.profile_changes:
+            from runtime.lightx2v.config import changed_profile
+
+            profile = changed_profile(profile, self.profile_changes)
+        return profile, device
 
     def choose(self) -> tuple[Profile, str, ModelManifest, Path]:
         """Profile, device, model and the directory of its files; RequestError, DeviceError, WeightsError."""
@@ -127,13 +134,21 @@ class Keeper:
             raise
 
 
-def generate(request: Request, where: Where, *, save_latents: bool, as_json: bool) -> None:
-    """Run `request` from checks to files and tell of it; raises what went wrong."""
+def generate(
+    request: Request, where: Where, *, save_latents: bool, as_json: bool, stem: str | None = None
+) -> None:
+    """Run `request` from checks to files and tell of it; raises what went wrong.
+
+    `stem` names the video where no file is asked for; None: its prompt and seed.
+    """
     checked, summary = _check(request, where)
-    target = output.choose(where.output, f"{output.slug(checked.prompt)}-{checked.seed}", where.overwrite)
+    stem = stem or f"{output.slug(checked.prompt)}-{checked.seed}"
+    target = output.choose(where.output, stem, where.overwrite)
     phases = {"load": 100, "text": 1, "denoise": checked.steps, "decode": checked.latent_shape[1], "save": 1}
     reporter = make_reporter(phases, as_json=as_json)
     reporter.start(summary)
+    for note in where.notes:
+        reporter.warn(note)
     with reporter:
         account = Account(reporter)
         pipe = _load(where, account)
@@ -196,6 +211,12 @@ def _check(request: Request, where: Where) -> tuple[CheckedRequest, str]:
 def _load(where: Where, account: Account) -> "Pipeline":
     from runtime.pipeline import Pipeline
 
+    if where.profile_changes:
+        from runtime.lightx2v.pipeline import load_pipeline
+
+        profile, device = where.machine()
+        model, wanted = where.model or DEFAULT_MODEL, where.profile_changes.get("quantization")
+        return load_pipeline(model, where.weights, profile, device, wanted, account.stage)
     return Pipeline.load(
         where.weights,
         model=where.model or DEFAULT_MODEL,

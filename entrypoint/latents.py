@@ -98,4 +98,5 @@ def read_latents(path: Path) -> SavedLatents:
 
 
 def _number(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdecimal() else None
+    """A number of up to 19 digits, which every seed has; None for anything else."""
+    return int(text) if text is not None and text.isdecimal() and len(text) <= 19 else None

@@ -75,6 +75,11 @@ PATH = click.Path(path_type=Path)
 SHOW, SIZE, SAMPLE, MODEL, OUTPUT = "What to show", "Size", "Sampling", "Model", "Output"
 
 
+config_option = option(
+    *(SHOW, "--config", "FILE", "A JSON configuration of LightX2V's, which `t2v explain` shows."), type=PATH
+)
+
+
 def fps_option(default: str = "the model's (16)") -> Decorator:
     """Frames per second; `default` says in words how many."""
     return option(SIZE, "--fps", "N", "Frames shown in a second.", type=int, default_text=default)

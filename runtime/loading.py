@@ -16,6 +16,7 @@ from torch import nn
 from runtime.checkpoint import Checkpoint, expect_quantization, find_component, load_weights, open_checkpoint
 from runtime.errors import WeightsError
 from runtime.linear import swap_linears
+from runtime.profiles import pull_command
 from runtime.schema import ModelManifest, Profile
 from runtime.text_encoder import TextEncoder, TextEncoderConfig
 from runtime.tokenizer import PromptTokenizer
@@ -55,8 +56,12 @@ def open_files(manifest: ModelManifest, directory: Path) -> ModelFiles:
     Raises WeightsError that names what is missing or wrong.
     """
 
+    advice = "Download the model or name its directory."
+    if manifest.source is not None:
+        advice = f"Download them with `{pull_command(manifest, directory)}`, or name their directory."
+
     def find(names: tuple[str, ...]) -> Path:
-        return find_component(directory, manifest.subdirectories, names)
+        return find_component(directory, manifest.subdirectories, names, advice)
 
     files = ModelFiles(
         transformer=open_checkpoint(find(manifest.files.transformer), "transformer"),
@@ -115,7 +120,8 @@ def load_tokenizer(files: ModelFiles, manifest: ModelManifest) -> PromptTokenize
     """The prompt tokenizer with the model's text length."""
     # config.json beside the weights may say another length than the family's; the transformer will have it.
     length = files.transformer.sizes().get("text_len", manifest.sampling.text_len)
-    return PromptTokenizer(files.tokenizer, max_length=length)
+    vocab_size = files.text_encoder.sizes()["vocab_size"]
+    return PromptTokenizer(files.tokenizer, max_length=length, vocab_size=vocab_size)
 
 
 def home_devices(profile: Profile, device: str) -> tuple[str, str]:

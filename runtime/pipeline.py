@@ -32,7 +32,7 @@ from runtime.text_encoder import TextEncoder
 from runtime.tokenizer import PromptTokenizer, Tokens
 from runtime.transformer import Transformer
 from runtime.vae import VAE
-from runtime.video import Video, frames_to_uint8
+from runtime.video import RECORD_FORMAT, Video, frames_to_uint8
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Pipeline:
         weights: str | Path | None = None,
         *,
         model: str | Path = DEFAULT_MODEL,
-        profile: str | Path = "auto",
+        profile: str | Path | Profile = "auto",
         device: str = "auto",
         on_stage: Callable[[Stage], None] | None = None,
     ) -> "Pipeline":
@@ -93,7 +93,8 @@ class Pipeline:
         `weights` the directory that holds its files (default /weights; the demo model brings its own).
         Raises RequestError for unknown names, WeightsError for files, DeviceError for a missing GPU.
         """
-        chosen, device = select_device(device, load_profile(profile))
+        asked = profile if isinstance(profile, Profile) else load_profile(profile)
+        chosen, device = select_device(device, asked)
         given = None if weights is None else Path(weights)
         manifest, directory = find_model(model, chosen, given)
         files = loading.open_files(manifest, directory)
@@ -109,7 +110,13 @@ class Pipeline:
             text_encoder=loading.load_text_encoder(files.text_encoder, manifest, text_home, dtype, read),
             transformer=loading.load_transformer(files.transformer, manifest, device, dtype, read),
             vae=loading.load_vae(files.vae, manifest, vae_home, vae_dtype, read),
-            provenance={"files": fingerprints(files.paths), "versions": versions()},
+            provenance={
+                "family": manifest.family,
+                **({} if manifest.embedded else {"weights": str(directory.absolute())}),
+                **({} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
+                "files": fingerprints(files.paths),
+                "versions": versions(),
+            },
         )
 
     def __call__(
@@ -201,6 +208,7 @@ class Pipeline:
     def _metadata(self, request: CheckedRequest, tokens: Tokens, timings: dict[str, float]) -> dict[str, Any]:
         """What the mp4 says of its own making: enough to make it again, and to know with what."""
         return {
+            "format": RECORD_FORMAT,
             **asdict(request),
             "tokens": tokens.n,
             "prompt_truncated": tokens.truncated,
@@ -209,6 +217,7 @@ class Pipeline:
             "profile": self.profile.name,
             "device": self.device,
             "dtype": self.profile.dtype,
+            "vae_dtype": self.profile.vae.dtype,
             "timings": {phase: round(seconds, 3) for phase, seconds in timings.items()},
             **self.provenance,
         }

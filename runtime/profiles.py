@@ -9,6 +9,7 @@ No torch here: `--help`, `plan` and `doctor` answer at once.
 
 import difflib
 import re
+import shlex
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -28,8 +29,9 @@ DEFAULT_MODEL = "wan2.1-t2v-14b-4step"
 DEFAULT_WEIGHTS = Path("/weights")
 """Where a container has its weights mounted."""
 
-MAX_YAML_BYTES = 1 << 20
-"""No profile comes near a megabyte: a larger file is the wrong file (a checkpoint, a video)."""
+MAX_YAML_BYTES = 256 << 10
+"""No profile or manifest comes near it: a larger file is the wrong file (a checkpoint, a video). PyYAML reads
+some hundred kilobytes a second, so this bounds the time too."""
 
 Checked = TypeVar("Checked", Profile, ModelManifest)
 
@@ -37,8 +39,20 @@ Checked = TypeVar("Checked", Profile, ModelManifest)
 # ---------------------------------------------------------------------------------------- reading and errors
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win; in a profile that is a mistake nobody sees."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without what a profile does not need: aliases, and the last of two equal keys winning.
+
+    A kilobyte of aliases that name each other stands for gigabytes of nodes; a key that is there twice is a
+    mistake nobody sees.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            problem = f"*{alias.anchor} is an alias, which is not supported; write the value itself"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=alias.start_mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -55,12 +69,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def parse(kind: type[Checked], text: str, where: str) -> Checked:
     """The YAML `text` as a `kind`; `where` names the file in the RequestError of anything that is wrong."""
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        data = yaml.load(text, Loader=_PlainLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         line = f" line {mark.line + 1}" if mark else ""
         raise RequestError(f"{where}{line}: {error.problem}; correct that line.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # on odd scalars PyYAML raises KeyError, OverflowError, AttributeError ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(f"{where}: not readable as YAML ({reason}); correct the file.") from error
     if not isinstance(data, dict):
@@ -274,12 +288,18 @@ def find_model(name: str | Path, profile: Profile, weights: Path | None = None) 
     if not directory.is_dir():
         raise WeightsError(
             f"The weights directory {directory} does not exist; expected the files of {manifest.name} there: "
-            "download them and name the directory with --weights, or try --model demo, which needs none."
+            f"download them with `{pull_command(manifest, directory)}`, name their directory with --weights, "
+            "or try --model demo, which needs none."
         )
     if name != manifest.name:
         there = {q: m for q, m in _family(manifest.family).items() if _present(m, directory)}
         manifest = _preferred(there, profile.quantization) or manifest
     return manifest, directory
+
+
+def pull_command(manifest: ModelManifest, directory: Path) -> str:
+    """What to type for the files of a published model."""
+    return f"t2v weights pull --model {manifest.name} --weights {shlex.quote(str(directory))}"
 
 
 def model_from_directory(directory: str | Path, profile: Profile) -> ModelManifest:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 SIZE_MULTIPLE = 16  # the VAE's 8 pixels a latent times the transformer's 2 latents a patch
 FRAME_STRIDE = 4  # frames per latent frame, after the first
+MAX_PROMPT = 100_000  # characters; some hundred times what a model reads
 MAX_POSITIONS = 1024  # rotary table of the transformer, per axis of the patch grid
 
 
@@ -117,6 +118,11 @@ def check(request: Request, manifest: "ModelManifest", device: str) -> CheckedRe
 def _check_prompt(prompt: str) -> None:
     if not prompt.strip():
         raise RequestError("The prompt is empty; describe the video in a sentence with --prompt.")
+    if len(prompt) > MAX_PROMPT:
+        raise RequestError(
+            f"The prompt has more than {MAX_PROMPT} characters, and a model reads the first few thousand; "
+            "is it the right file? Describe the video in some sentences."
+        )
 
 
 def _check_size(name: str, value: int) -> None:

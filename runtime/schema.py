@@ -50,6 +50,10 @@ Text = Annotated[str, StringConstraints(min_length=1, max_length=2000)]
 Count = Annotated[int, Field(gt=0, le=1 << 24)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 RootPath = Annotated[str, BeforeValidator(_inside_root)]
+# No part of it begins with a dot, so neither "..", nor the directory that downloads keep their notes in.
+PublishedPath = Annotated[
+    str, StringConstraints(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$", max_length=200, strict=True)
+]
 Directories = Annotated[tuple[RootPath, ...], BeforeValidator(_listed)]
 Candidates = Annotated[
     tuple[Annotated[str, BeforeValidator(_inside_weights)], ...],
@@ -138,11 +142,52 @@ class Profile(_Data):
 # -------------------------------------------------------------------------------------------------- manifests
 
 
+class PublishedFile(_Data):
+    """One file of a repository that a model needs, and what is known of its content.
+
+    path: in the repository. to: below the weights directory; None for the same path.
+    about_gb: size in 10^9 bytes as a page or a formula tells it, for planning before the publisher answers.
+    bytes, sha256: exact, and `known` says how: "published" on the publisher's pages, "recorded" from a
+    verified download; "unknown" means neither is: the first verified download pins them where it lies.
+    optional: the engine does without, where the repository has no such file.
+    """
+
+    path: PublishedPath
+    to: PublishedPath | None = None
+    about_gb: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = None
+    bytes: Annotated[int, Field(gt=0, le=1 << 40)] | None = None
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    known: Literal["published", "recorded", "unknown"] = "unknown"
+    optional: bool = False
+
+    @property
+    def target(self) -> str:
+        """Where it belongs, relative to the weights directory."""
+        return self.to or self.path
+
+    @property
+    def about_bytes(self) -> int:
+        """The size in bytes, as well as it is known; 0 for a file too small to matter."""
+        return self.bytes if self.bytes is not None else round((self.about_gb or 0) * 1e9)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        both = self.bytes is not None and self.sha256 is not None
+        if self.known == "unknown" and (self.bytes is not None or self.sha256 is not None):
+            raise ValueError(
+                f"{self.path} has bytes or sha256 with known: unknown; expected published or recorded"
+            )
+        if self.known != "unknown" and not both:
+            raise ValueError(f"{self.path} is {self.known}; expected both bytes and sha256")
+        return self
+
+
 class Source(_Data):
-    """Where the files are published: a repository id (not an address) and a revision, None for its newest."""
+    """Where files are published: a repository id (not an address) and a revision, None for its newest."""
 
     repository: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")]
     revision: str | None = None
+    files: Annotated[tuple[PublishedFile, ...], BeforeValidator(_listed)] = ()
 
 
 class ModelFiles(_Data):
@@ -244,6 +289,7 @@ class ModelManifest(_Data):
     """What one checkpoint is. None for a part's sizes, or for `quantization`: read it from the tensors.
 
     `embedded` is a directory that ships with the program, relative to the project root.
+    `source` publishes the transformer; `companions` are further repositories that hold parts of the model.
     """
 
     name: Name
@@ -260,6 +306,11 @@ class ModelManifest(_Data):
     vae: VAESizes | None
     sampling: Sampling
     defaults: Defaults
+    companions: Annotated[tuple[Source, ...], BeforeValidator(_listed)] = ()
+
+    def sources(self) -> tuple[Source, ...]:
+        """The repositories that files come from, that of the transformer first."""
+        return () if self.source is None else (self.source, *self.companions)
 
     def directories(self, weights: Path) -> list[Path]:
         """Where to look, in order: the variant's subdirectories, then `weights` itself.
@@ -271,6 +322,18 @@ class ModelManifest(_Data):
     def embedded_directory(self) -> Path | None:
         """The absolute directory of the weights that ship with the program, or None."""
         return None if self.embedded is None else project_root() / self.embedded
+
+    @model_validator(mode="after")
+    def _one_file_a_place(self) -> Self:
+        if self.companions and self.source is None:
+            raise ValueError(
+                "companions are given without source; expected the transformer's repository there"
+            )
+        targets = [file.target for source in self.sources() for file in source.files]
+        twice = {target for target in targets if targets.count(target) > 1}
+        if twice:
+            raise ValueError(f"two published files go to {min(twice)}; expected a place of its own for each")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -37,6 +37,13 @@ macroblock tree gave other bytes in about one run of ten (with its SIMD code alo
 BT709 = 1  # number of the matrix, primaries and transfer in the H.264 and mp4 standards
 LIMITED_RANGE = 1
 
+RECORD_FORMAT = 1
+"""Of the record in a video's comment (`Pipeline` writes it, `t2v rerun` reads it): one more for each change
+that an older program would misread. A record without "format" is of the first."""
+
+MAX_RECORD_CHARACTERS = 1 << 20
+"""Of a record that is read: one is a few KiB, of which the prompt and the list of files are the most."""
+
 MIN_FREE = 8 << 20
 """Bytes that must be free before a run: an 81-frame 480p video takes 1 to 5 MB."""
 
@@ -166,7 +173,9 @@ def _encode(video: Video, part: Path) -> None:
     _, height, width, _ = video.frames.shape
     with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["title"] = _title(video.metadata)
-        container.metadata["comment"] = json.dumps(video.metadata, ensure_ascii=False, default=str)
+        # Half a surrogate pair has no UTF-8; written with a backslash it is the same text to JSON.
+        comment = json.dumps(video.metadata, ensure_ascii=False, default=str)
+        container.metadata["comment"] = comment.encode("utf-8", "backslashreplace").decode()
         options = {
             "crf": str(CRF),
             "preset": "medium",
@@ -231,9 +240,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """How the video at `path` was made, as `Video.metadata` had it. RequestError when it does not say."""
     with _opened(path) as container:
         comment = container.metadata.get("comment", "")
+    if len(comment) > MAX_RECORD_CHARACTERS:
+        raise RequestError(
+            f"{path} has a comment of {len(comment)} characters; expected the record of this program."
+        )
     try:
         metadata = json.loads(comment)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number of 5000 digits, brackets without end
         raise RequestError(
             f"{path} does not say how it was made; expected a video of this program."
         ) from error
@@ -245,7 +258,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Any]:
     try:
-        with av.open(str(path)) as container:
+        # The format is not left to be guessed: a playlist that calls itself mp4 would open what it lists.
+        with av.open(str(path), format="mp4", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise RequestError(f"{path} holds no video; expected an mp4 file.")
             yield container

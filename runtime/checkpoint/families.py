@@ -4,6 +4,7 @@ A shape table says every size once by name: `("ffn_dim", "dim")` is a matrix of 
 solved from the tensors and each further tensor must agree, so a file of mixed parts is found before loading.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -199,12 +200,12 @@ def _count_blocks(kind: Kind, where: Path, tensors: Iterable[str]) -> int:
     numbers = {int(match.group(1)) for match in map(re.compile(r"blocks\.(\d+)\.").match, tensors) if match}
     if not numbers:
         raise WeightsError(f"{where} has no tensor of any block (blocks.0. ...); the file is incomplete")
-    absent = sorted(set(range(max(numbers) + 1)) - numbers)
-    if absent:
+    absent = max(numbers) + 1 - len(numbers)
+    if absent:  # counted, not listed: a scribbled name may say any number
+        first = next(number for number in itertools.count() if number not in numbers)
         raise WeightsError(
-            f"{where} has blocks up to {max(numbers)} but no tensor of block {absent[0]}"
-            f"{f' and {len(absent) - 1} more' if absent[1:] else ''} "
-            f"(block_{absent[0]}.safetensors?); download it"
+            f"{where} has blocks up to {max(numbers)} but no tensor of block {first}"
+            f"{f' and {absent - 1} more' if absent > 1 else ''} (block_{first}.safetensors?); download it"
         )
     return len(numbers)
 

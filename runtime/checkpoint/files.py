@@ -10,8 +10,10 @@ the pickle: it builds tensors and refuses to run code. The data stays in the fil
 
 import json
 import math
+import os
 import pickle
 import re
+import stat
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -42,9 +44,11 @@ SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
 
 _MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
+_MAX_NAME = 500  # characters of a tensor's name; those of the published files have at most 100
 _MAX_DIMENSIONS = 8
 _MAX_ELEMENTS = 2**40  # so that a scribbled shape cannot overflow a stride
 _CHUNK_BYTES = 64 * 2**20  # one read call; a call above 2 GiB is cut short by Linux
+_ZIP_MAGIC = b"PK\x03\x04"  # by which torch.load too knows its format from the old one
 _NESTED_KEYS = ("state_dict", "model", "module")
 
 
@@ -70,7 +74,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises WeightsError for anything but a whole, well-formed file.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise WeightsError(f"{path} is not a file; expected a .safetensors file there")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(8)
             if len(start) < 8:
@@ -122,7 +129,11 @@ def _parse_json(path: Path, text: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     """One header entry, with every field proven."""
-    wrong = WeightsError(f"{path}: the header entry of tensor {name!r} is malformed; download the file again")
+    wrong = WeightsError(
+        f"{path}: the header entry of tensor {name[:_MAX_NAME]!r} is malformed; download the file again"
+    )
+    if len(name) > _MAX_NAME:
+        raise wrong
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise wrong
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -130,7 +141,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise wrong
     if dtype not in DTYPES:
         raise WeightsError(
-            f"{path}: tensor {name} has dtype {dtype}, which is not supported; "
+            f"{path}: tensor {name} has dtype {dtype[:40]}, which is not supported; "
             f"expected one of {', '.join(DTYPES)}"
         )
     if len(shape) > _MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > _MAX_ELEMENTS:
@@ -153,10 +164,14 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
     """Tensors of a .pth file: their descriptions and the memory-mapped tensors themselves.
 
     The dict may be flat or nested below `state_dict` or `model`. Raises WeightsError for a truncated file,
-    for the old non-zip format, and for a pickle that asks for anything but tensors (it is not executed).
+    for the old non-zip format, for compressed records, for a pickle that asks for anything but tensors (it is
+    not executed), and for one whose tensors are not what the file holds.
     """
     try:
+        records = _data_records(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except WeightsError:
+        raise
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever the unpickler raises on foreign bytes means the same to the user
@@ -164,7 +179,7 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
     if isinstance(loaded, Mapping):
         nested = [loaded[key] for key in _NESTED_KEYS if isinstance(loaded.get(key), Mapping)]
         loaded = nested[0] if nested else loaded
-    if not isinstance(loaded, Mapping) or not all(isinstance(name, str) for name in loaded):
+    if not isinstance(loaded, Mapping) or not all(_is_name(name) for name in loaded):
         raise WeightsError(
             f"{path} does not hold a dict of named tensors; expected a state dict saved with torch.save"
         )
@@ -176,13 +191,29 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
         )
     tensors = dict(loaded)
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise WeightsError(
-                f"{path}: tensor {name} is sparse or of torch's quantized types; expected a plain one"
-            )
-    base = _mapping_base(path, tensors)
+        _check_pickled(path, name, tensor)
+    base = _mapping_base(path, tensors, records)
     infos = {name: _pickled_info(path, name, tensor, base) for name, tensor in tensors.items()}
     return infos, tensors
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_NAME
+
+
+def _check_pickled(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse what no plain file of weights holds: a pickle can describe far more than it stores."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise WeightsError(
+            f"{path}: tensor {name} is sparse, without data or of torch's quantized types; "
+            "expected a plain one"
+        )
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() * tensor.element_size() > stored or tensor.dim() > _MAX_DIMENSIONS:
+        raise WeightsError(
+            f"{path}: tensor {name} has shape {tuple(tensor.shape[:_MAX_DIMENSIONS])}, and {stored} bytes "
+            "are stored for it; save it contiguous"
+        )
 
 
 def _pickle_fault(path: Path, error: Exception) -> str:
@@ -207,41 +238,49 @@ def _pickled_info(path: Path, name: str, tensor: Tensor, base: int | None) -> Te
     )
 
 
-def _mapping_base(path: Path, tensors: Mapping[str, Tensor]) -> int | None:
+def _mapping_base(path: Path, tensors: Mapping[str, Tensor], records: list[tuple[int, int]]) -> int | None:
     """Address of the file's first byte in this process, so that data_ptr - base is an offset in the file.
 
-    torch does not tell it. It follows from the zip's table of contents: the storages, in the order of their
-    addresses, are the `data/` records in the order of their offsets. None unless all distances and sizes
-    agree.
+    torch does not tell it. It follows from the zip's table of contents: there is one distance at which every
+    storage lies on a record of its size. None if several fit (all storages are alike and not all are used);
+    WeightsError if none does: then the pickle's sizes are not those of the file.
     """
     stores = [tensor.untyped_storage() for tensor in tensors.values()]
-    storages = {store.data_ptr(): store.nbytes() for store in stores if store.nbytes()}
-    try:
-        records = _data_records(path)
-    except (OSError, zipfile.BadZipFile, struct.error):
+    storages = sorted({(store.data_ptr(), store.nbytes()) for store in stores if store.nbytes()})
+    if not storages:
         return None
-    addresses = sorted(storages)
-    if not addresses or [storages[address] for address in addresses] != [size for _, size in records]:
-        return None
-    bases = {address - offset for address, (offset, _) in zip(addresses, records, strict=True)}
-    return bases.pop() if len(bases) == 1 else None
+    known = set(records)
+    first, size = storages[0]
+    bases = [first - offset for offset, nbytes in records if nbytes == size]
+    fitting = [base for base in bases if all((at - base, nbytes) in known for at, nbytes in storages)]
+    if not fitting:
+        raise WeightsError(
+            f"{path}: the sizes in its pickle are not those of its records: corrupt; download it again"
+        )
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _data_records(path: Path) -> list[tuple[int, int]]:
-    """(offset, size) of the non-empty uncompressed `*/data/*` records of the zip, ascending."""
+    """(offset, size) of the non-empty `*/data/*` records of the zip, ascending; [] if it is no zip.
+
+    Raises WeightsError for a compressed record: torch would map its bytes as they are, which is noise, and a
+    few of them can stand for gigabytes.
+    """
     records = []
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for entry in archive.infolist():
+    with path.open("rb") as file:
+        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            return []  # torch has a word for what it is
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise WeightsError(
+                    f"{path}: its record {entry.filename[:_MAX_NAME]} is compressed; expected a file as "
+                    "torch.save writes it: unpack and save it again"
+                )
             parts = entry.filename.split("/")
-            if (
-                len(parts) == 3
-                and parts[1] == "data"
-                and entry.compress_type == zipfile.ZIP_STORED
-                and entry.file_size
-            ):
-                file.seek(
-                    entry.header_offset + 26
-                )  # a local header is 30 bytes, then a name and an extra field
+            if len(parts) == 3 and parts[1] == "data" and entry.file_size:
+                file.seek(entry.header_offset + 26)  # a local header: 30 bytes, a name and an extra field
                 name_length, extra_length = struct.unpack("<HH", file.read(4))
                 records.append((entry.header_offset + 30 + name_length + extra_length, entry.file_size))
     return sorted(records)
@@ -284,8 +323,10 @@ def read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path} has no weight_map; expected the index of a set of safetensors files")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        plain = isinstance(file, str) and Path(file).name == file and len(os.fsencode(file)) <= 255
+        if not plain or not file.endswith(SAFETENSORS_SUFFIX):
             raise WeightsError(
-                f"{path}: tensor {name} lies in {file!r}, expected the name of a file beside the index"
+                f"{path}: tensor {name[:_MAX_NAME]} lies in {str(file)[:_MAX_NAME]!r}, expected the name of "
+                "a .safetensors file beside the index"
             )
     return weight_map

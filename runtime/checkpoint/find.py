@@ -16,11 +16,16 @@ ITSELF = "."  # the candidate that stands for the directory: block files, shards
 _SHARED_PART = re.compile(r"(?i).*(t5|vae|tae|clip|lora).*")
 
 
-def find_component(directory: Path, subdirectories: Sequence[str], names: Sequence[str]) -> Path:
+def find_component(
+    directory: Path,
+    subdirectories: Sequence[str],
+    names: Sequence[str],
+    advice: str = "Download the model or name its directory.",
+) -> Path:
     """The first of `names` in the first place that has any: the subdirectories, then `directory` itself.
 
     names: files relative to the place looked at, best first; "." is the place itself, if a transformer may
-    lie there. Raises WeightsError that lists the places and the names.
+    lie there. Raises WeightsError that lists the places and the names, and says what to do.
     """
     places = [*(directory / name for name in subdirectories), directory]
     for place in places:
@@ -29,9 +34,7 @@ def find_component(directory: Path, subdirectories: Sequence[str], names: Sequen
                 return place / name
     wanted = ", ".join("block files" if name == ITSELF else name for name in names)
     looked = ", ".join(str(place) for place in places)
-    raise WeightsError(
-        f"None of {wanted} was found; looked in {looked}. Download the model or name its directory."
-    )
+    raise WeightsError(f"None of {wanted} was found; looked in {looked}. {advice}")
 
 
 def _holds_transformer(place: Path) -> bool:

@@ -108,7 +108,8 @@ def _check_complete(path: Path, files: Iterable[Path]) -> None:
     """WeightsError that names the first absent member of a numbered set."""
     present = {file.name for file in files}
     blocks = {int(match.group(1)) for match in map(BLOCK_FILE.fullmatch, present) if match}
-    wanted = [f"block_{n}.safetensors" for n in range(max(blocks, default=-1) + 1)]
+    # One beyond their count is enough to name the first that is absent; a file's name may say any number.
+    wanted = [f"block_{n}.safetensors" for n in range(min(max(blocks, default=-1), len(blocks)) + 1)]
     if blocks or NON_BLOCK_FILE in present:
         wanted += [NON_BLOCK_FILE] + ([] if blocks else ["block_0.safetensors"])
     for match in map(_SHARD_FILE.fullmatch, sorted(present)):

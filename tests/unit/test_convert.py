@@ -1,4 +1,4 @@
-"""Conversion: the published formulas, one file or many, tensor by tensor, from one format to another."""
+"""Files in the published layouts: the published formulas, one file or many, tensor by tensor."""
 
 import json
 from pathlib import Path
@@ -6,20 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from runtime.checkpoint import open_checkpoint
 from runtime.checkpoint.convert import (
     INDEX_FILE,
     Recipe,
-    convert_checkpoint,
     quantize_state_dict,
     write_config,
     write_layout,
 )
 from runtime.checkpoint.names import Kind
 from runtime.errors import OutputError
-from runtime.linear.quantize import dequantize
 from tests.unit.checkpoint_fixtures import EIGHT_BITS, raw, tensors_of
 
 
@@ -70,36 +67,6 @@ def test_block_layout_and_its_index(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
 
 
-@pytest.mark.parametrize(
-    ("given", "wanted"), [("fp32", "fp8"), ("fp32", "int8"), ("fp8", "bf16"), ("fp8", "int8")]
-)
-@pytest.mark.parametrize("layout", ["blocks", "single"])
-def test_convert_from_format_to_format(tmp_path: Path, given: Any, wanted: Any, layout: Any) -> None:
-    source = tensors_of("transformer", seed=54)
-    write_layout(tmp_path / "in", source, Recipe("transformer", given, other_dtype=torch.float32), "blocks")
-    checkpoint = open_checkpoint(tmp_path / "in", "transformer")
-    target = tmp_path / "out" if layout == "blocks" else tmp_path / "out.safetensors"
-    recipe = Recipe("transformer", wanted, other_dtype=torch.float32)
-    seen: list[int] = []
-    convert_checkpoint(checkpoint, target, recipe, layout, on_bytes=seen.append)
-    assert 0 < sum(seen) <= checkpoint.nbytes
-    result = open_checkpoint(target, "transformer")
-    assert result.quantization == wanted
-    plain = {name: _floating(checkpoint, name) for name in source}
-    expected = quantize_state_dict(plain, recipe)  # the same formula, all at once
-    assert result.tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(result.read(name).float(), tensor.float()), name
-    assert result.sizes() == checkpoint.sizes()
-
-
-def _floating(checkpoint: Any, name: str) -> Tensor:
-    module = name.removesuffix(".weight")
-    if module in checkpoint.quantized_linears():
-        return dequantize(checkpoint.read(name), checkpoint.read(f"{module}.weight_scale"))
-    return checkpoint.read(name)  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("form", ["bf16", "fp8", "int8"])
 def test_text_encoder_pickle(tmp_path: Path, form: Any) -> None:
     source = tensors_of("text_encoder", seed=55)
@@ -108,13 +75,6 @@ def test_text_encoder_pickle(tmp_path: Path, form: Any) -> None:
     quantized = 0 if form == "bf16" else 14
     assert sum(name.endswith(".weight_scale") for name in stored) == quantized
     assert open_checkpoint(tmp_path / "t5.pth", "text_encoder").quantization == form
-    convert_checkpoint(
-        open_checkpoint(tmp_path / "t5.pth", "text_encoder"),
-        tmp_path / "t5.safetensors",
-        Recipe("text_encoder", "fp16"),
-        "single",
-    )
-    assert open_checkpoint(tmp_path / "t5.safetensors", "text_encoder").quantization == "fp16"
 
 
 def test_config_agrees_with_what_was_written(tmp_path: Path) -> None:
@@ -129,20 +89,3 @@ def test_an_unwritable_target_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"block_0\.safetensors cannot be written"):
         write_layout(tmp_path / "file", tensors_of("transformer", 57), Recipe("transformer", "fp8"), "blocks")
-
-
-def test_an_interrupted_conversion_leaves_no_index(tmp_path: Path) -> None:
-    """The index is written last, and no half file takes a real name."""
-    write_layout(tmp_path / "in", tensors_of("transformer", 58), Recipe("transformer", "fp32"), "blocks")
-    checkpoint = open_checkpoint(tmp_path / "in", "transformer")
-    count = 0
-
-    def stop(_: int) -> None:
-        nonlocal count
-        count += 1
-        if count == 40:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(checkpoint, tmp_path / "out", Recipe("transformer", "fp8"), "blocks", stop)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["block_0.safetensors"]

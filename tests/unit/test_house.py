@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("runtime", "entrypoint", "demo", "profiles")
 MODEL_FILES = ("transformer", "text_encoder", "vae", "sampler")
 STORY = {f"runtime.{name}" for name in (*MODEL_FILES, "tokenizer", "video", "pipeline", "loading")}
-TORCH_FREE = ("errors", "schema", "profiles", "device", "request", "tokenizer")
+TORCH_FREE = (
+    *("errors", "schema", "profiles", "device", "request", "tokenizer"),
+    *("lightx2v.config", "lightx2v.keys", "lightx2v.rules", "weights"),
+)
 
 # package or module -> what it must never import (a name stands for all below it)
 FORBIDDEN: dict[str, set[str]] = {

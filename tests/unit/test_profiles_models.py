@@ -38,13 +38,17 @@ def refusal(data: object) -> str:
 
 def test_all_ship_and_validate() -> None:
     variants = {f"{FAMILY}-{q}" for q in ("fp8", "int8", "bf16")} | {"demo", "demo-fp8", "demo-int8"}
-    assert variants == set(list_manifests())
-    for name in variants:
+    variants |= {f"{FAMILY}-{q}-single" for q in ("fp8", "int8", "bf16")} | {f"{FAMILY}-fp8-comfyui"}
+    assert variants | {"wan2.1-t2v-1.3b"} == set(list_manifests())
+    for name in list_manifests():
         manifest = load_manifest(name)
         assert manifest.name == name
-        assert manifest.sampling.steps == 4
-        assert manifest.sampling.distilled
         assert (manifest.embedded is not None) == (manifest.family == "demo")
+        assert (manifest.source is not None) == (manifest.family != "demo")
+        assert manifest.sampling.distilled == (name in variants)
+        assert (manifest.sampling.steps, manifest.sampling.guidance) == (
+            (4, 1) if name in variants else (50, 5)
+        )
 
 
 def test_fourteen_billion_parameters() -> None:
@@ -61,6 +65,72 @@ def test_fourteen_billion_parameters() -> None:
         assert t.num_layers * block + outside == 14_288_491_584
         layer = 4 * e.dim * e.dim_attn + 3 * e.dim * e.dim_ffn + 2 * e.dim + e.num_buckets * e.num_heads
         assert e.vocab_size * e.dim + e.num_layers * layer + e.dim == 5_680_910_336
+
+
+def test_what_is_downloaded_is_what_is_looked_for() -> None:
+    """The files of each manifest serve its candidates, in a directory that holds nothing else."""
+    for name in list_manifests():
+        manifest = load_manifest(name)
+        targets = {file.target for source in manifest.sources() for file in source.files}
+        places = ["", *(f"{place}/" for place in manifest.subdirectories)]
+        for part, candidates in manifest.files.model_dump().items():
+            if not targets:
+                continue
+            named = [place + candidate for place in places for candidate in candidates if candidate != "."]
+            blocks = [target for target in targets if target.endswith("/block_0.safetensors")]
+            assert targets & set(named) or (part == "transformer" and blocks), f"{name} has no {part}"
+
+
+def test_published_sizes() -> None:
+    """Totals as the recipes tell them; only the 1.3B model's digests have been seen."""
+    totals = {"fp8": 22.3, "int8": 22.3, "bf16": 40.5}
+    for name in list_manifests():
+        manifest = load_manifest(name)
+        files = [file for source in manifest.sources() for file in source.files]
+        total = sum(file.about_bytes for file in files) / 1e9
+        if manifest.family.startswith(FAMILY):
+            assert total == pytest.approx(totals[str(manifest.quantization)], abs=0.06), name
+        stated = {file.known for file in files if not file.optional}
+        assert stated == ({"published"} if "1.3b" in name else {"unknown"} if files else set())
+    blocks = [
+        file.path for file in load_manifest(f"{FAMILY}-int8").sources()[0].files if "block_" in file.path
+    ]
+    assert len(blocks) == 40
+
+
+def test_one_billion_parameters() -> None:
+    manifest = load_manifest("wan2.1-t2v-1.3b")
+    t = manifest.transformer
+    assert t is not None
+    d = t.dim
+    block = 8 * (d * d + d) + 2 * d * t.ffn_dim + t.ffn_dim + d + 4 * d + 2 * d + 6 * d
+    outside = (64 * d + d) + (t.text_dim * d + d) + (d * d + d) + (t.freq_dim * d + d) + (d * d + d)
+    outside += (6 * d * d + 6 * d) + 2 * d + (64 * d + 64)
+    parameters = t.num_layers * block + outside
+    assert parameters == 1_418_996_800
+    (size,) = (f.bytes for s in manifest.sources() for f in s.files if "diffusion" in f.path)
+    assert size is not None
+    assert 0 < size - 4 * parameters < 200_000  # fp32, and a header
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ({"path": "a", "bytes": 5}, "known"),
+        ({"path": "a", "known": "published", "bytes": 5}, "both bytes and sha256"),
+        ({"path": "a", "known": "recorded", "bytes": 5, "sha256": "xyz"}, "sha256"),
+        ({"path": "a", "known": "guessed"}, "known"),
+        ({"path": "../a"}, "files.0.path"),
+        ({"path": "a", "to": ".t2v/x"}, "files.0.to"),
+        ({"path": "a", "size": 5}, "size"),
+    ],
+)
+def test_published_files_refused(file: dict[str, Any], told: str) -> None:
+    source = {"repository": "a/b", "revision": None, "files": [file]}
+    assert told in refusal(good() | {"source": source})
+    twice = source | {"files": [{"path": "a"}, {"path": "b", "to": "a"}]}
+    assert "two published files go to a" in refusal(good() | {"source": twice})
+    assert "companions" in refusal(good() | {"companions": [source | {"files": []}]})
 
 
 def test_published_names_are_candidates() -> None:
