@@ -17,7 +17,7 @@ from entrypoint.table import count
 from runtime.device import select_device
 from runtime.errors import OutputCheckError, OutputError
 from runtime.memory.meter import host_peak
-from runtime.profiles import DEFAULT_MODEL, find_model, load_profile, manifest_of
+from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile, manifest_of
 from runtime.request import CheckedRequest, Request, check
 from runtime.schema import ModelManifest, Profile
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from runtime.tokenizer import Tokens
     from runtime.video import Video
 
-DIRECTORY_MODEL = "directory"  # the family of a model that was given as a directory of weights
 UNKNOWN_SHOWN = 5  # words of a prompt that the vocabulary lacks; more would bury the sentence
 
 

@@ -193,8 +193,7 @@ def request_of(record: dict[str, Any]) -> "Request":
 def _as_recorded(where: "Where", record: dict[str, Any], open_choice: set[str], video: Path) -> "Where":
     """`where` with the record's model, weights, device and profile wherever nobody asked for others."""
     if where.model is None:
-        model, weights = _recorded_model(record, video)
-        where = replace(where, model=model, weights=where.weights or weights)
+        where = replace(where, model=_recorded_model(record, video))
     if "device" in open_choice and record.get("device") == "cpu":
         where = replace(where, device="cpu")
     if "profile" in open_choice and (profile := _recorded_profile(record, where)) is not None:
@@ -202,26 +201,25 @@ def _as_recorded(where: "Where", record: dict[str, Any], open_choice: set[str], 
     return where
 
 
-def _recorded_model(record: dict[str, Any], video: Path) -> tuple[str, Path | None]:
-    """The record's model, a manifest's name or a directory, and where its files were if they still are."""
-    from entrypoint.generate import DIRECTORY_MODEL
-    from runtime.profiles import list_manifests
+def _recorded_model(record: dict[str, Any], video: Path) -> str:
+    """The record's model: a manifest's name, or a directory."""
+    from runtime.profiles import DIRECTORY_MODEL, list_manifests
 
-    weights = _directory(record.get("weights"))
     if record.get("family") == DIRECTORY_MODEL:
+        weights = _directory(record.get("weights"))
         if weights is None:
             raise RequestError(
                 f"{video} was made with the weights in {_shown(record.get('weights'), 250)}, which is no "
                 "directory here; name theirs with --model DIR."
             )
-        return str(weights), None
+        return str(weights)
     name = record["model"]
     if name not in list_manifests():
         raise RequestError(
             f"{video} was made with the model {_shown(name)}, which this program does not know; name a model "
             "of `t2v models`, or a directory of weights, with --model."
         )
-    return name, weights
+    return name
 
 
 def _directory(text: str | None) -> Path | None:

@@ -23,7 +23,7 @@ from runtime import loading
 from runtime.check import check_decoded, check_frames, check_latents
 from runtime.device import confirm_device, select_device
 from runtime.memory.visit import visiting
-from runtime.profiles import DEFAULT_MODEL, find_model, load_profile
+from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile
 from runtime.provenance import fingerprints, versions
 from runtime.request import CheckedRequest, Request, check
 from runtime.sampler import denoise, draw_noise, schedule
@@ -112,7 +112,8 @@ class Pipeline:
             vae=loading.load_vae(files.vae, manifest, vae_home, vae_dtype, read),
             provenance={
                 "family": manifest.family,
-                **({} if manifest.embedded else {"weights": str(directory.absolute())}),
+                # Only a model without a name needs its path: a video that is shown around should not tell it.
+                **({"weights": str(directory.absolute())} if manifest.family == DIRECTORY_MODEL else {}),
                 **({} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
                 "files": fingerprints(files.paths),
                 "versions": versions(),

@@ -25,6 +25,8 @@ DIRECTORY_FAMILY = "wan2.1-t2v-14b-4step"
 FALLBACK: tuple[Quantization, ...] = ("int8", "fp8", "bf16")
 """Which variant stands in for a missing one: 8 bit first, since it fits more cards than 16."""
 
+DIRECTORY_MODEL = "directory"
+"""The family of a model that was given as a directory of weights; it has no manifest of its own."""
 DEFAULT_MODEL = "wan2.1-t2v-14b-4step"
 DEFAULT_WEIGHTS = Path("/weights")
 """Where a container has its weights mounted."""
@@ -323,7 +325,7 @@ def model_from_directory(directory: str | Path, profile: Profile) -> ModelManife
     }
     own |= {
         "name": _as_name(root),
-        "family": "directory",
+        "family": DIRECTORY_MODEL,
         "transformer": None,
         "text_encoder": None,
         "vae": None,
