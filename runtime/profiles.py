@@ -346,11 +346,16 @@ def _present(manifest: ModelManifest, root: Path) -> bool:
 
 
 def _any_variant(manifests: list[ModelManifest]) -> ModelFiles:
-    """All candidates of several variants, in their order; the directory itself (".") comes last."""
+    """All candidates of several variants, in their order; the directory itself (".") comes last.
+
+    The directory is a variant's own here, so what variants share may also lie in the one around it.
+    """
     merged = {
         part: tuple(dict.fromkeys(name for m in manifests for name in getattr(m.files, part)))
         for part in ModelFiles.model_fields
     }
+    for part in ("text_encoder", "vae"):
+        merged[part] += tuple(f"../{name}" for name in merged[part])
     merged["transformer"] = (*(name for name in merged["transformer"] if name != "."), ".")
     return ModelFiles(**merged)
 

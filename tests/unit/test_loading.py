@@ -85,3 +85,16 @@ def test_the_profile_says_where_parts_rest() -> None:
     away = profile.model_copy(update={"vae": profile.vae.model_copy(update={"stay_on_gpu": False})})
     assert loading.home_devices(here, "cuda:0")[0] == "cuda:0"
     assert loading.home_devices(away, "cuda:0")[1] == "cpu"
+
+
+def test_a_variant_directory_alone_finds_what_lies_beside_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    variant = tmp_path / "weights" / "distill_int8"
+    variant.mkdir(parents=True)
+    shared = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-int8.pth")
+    for file in (tiny_checkpoint / "distill_int8").iterdir():
+        (variant.parent if file.name in shared else variant).joinpath(file.name).symlink_to(file)
+    (variant.parent / "google").symlink_to(tiny_checkpoint / "google")
+    manifest, where = manifest_of(variant)
+    files = loading.open_files(manifest, where)
+    assert where == variant and files.transformer.quantization == "int8"
+    assert [part.path.resolve().name for part in (files.vae, files.text_encoder)] == list(shared)
