@@ -240,7 +240,7 @@ def confirm_device(device: str) -> None:
     if not torch.cuda.is_available():
         stock = inventory()
         reason = stock.reason or _unusable(stock, None) or "torch cannot start CUDA on this driver"
-        raise DeviceError(f"device is {device}, but {reason}. Run `t2v doctor` for the details.")
+        raise DeviceError(f"device is {device}, but {reason}. See whether nvidia-smi works.")
     if index >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise DeviceError(f"device is {device}, but torch sees {count} GPU(s); expected 0 to {count - 1}.")
