@@ -1,4 +1,4 @@
-"""The most bytes of tensors that are alive at once while some code runs: exact, on any device, `meta` included.
+"""The most bytes of tensors alive at once while some code runs: exact, on any device, `meta` included.
 
 On the meta device a full-size model runs in seconds and holds nothing, so the memory formulas of
 `runtime/memory` are checked here against the real code at its real sizes, without a GPU. What this cannot see
