@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.layers.attention import attention
+from runtime.layers.attention import attend, attention
 from runtime.layers.norm import RMSNorm, gated_add, layer_norm, modulated_norm
 from runtime.layers.rope import RopeTable, apply_rope, rope_table
+from runtime.layers.slices import in_slices
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TransformerConfig:
 
 
 class SelfAttention(nn.Module):
-    """Attention of all tokens to all tokens; q and k are normalised over the full width, then rotated."""
+    """The linears around attention of all tokens to all; q and k are normalised over the full width."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -58,12 +59,12 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x: Tensor, rope: RopeTable) -> Tensor:
+    def project(self, x: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens x (B, L, D), each (B, L, H, D/H), the first two rotated."""
         heads = (self.num_heads, -1)
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)  # (B, L, H, D/H)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)  # (B, L, H, D/H)
-        v = self.v(x).unflatten(-1, heads)  # (B, L, H, D/H)
-        return self.o(attention(q, k, v))  # (B, L, D)
+        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)
+        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
+        return q, k, self.v(x).unflatten(-1, heads)
 
 
 class CrossAttention(nn.Module):
@@ -84,10 +85,10 @@ class CrossAttention(nn.Module):
         heads = (self.num_heads, -1)
         return self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """x (B, L, D) and what `keys_values` gave -> (B, L, D)."""
         q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))  # (B, L, H, D/H)
-        k, v = self.keys_values(text)
-        return self.o(attention(q, k, v))  # (B, L, D)
+        return self.o(attention(q, keys, values))  # (B, L, D)
 
 
 class AffineNorm(nn.Module):
@@ -118,13 +119,30 @@ class Block(nn.Module):
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
         )
 
-    def forward(self, x: Tensor, time: Tensor, text: Tensor, rope: RopeTable) -> Tensor:
-        """x (B, L, D), time (B, 6, D) fp32, text (B, S, D) -> (B, L, D), in x's dtype."""
+    def forward(
+        self, x: Tensor, time: Tensor, text: Tensor, rope: RopeTable, step: int | None = None
+    ) -> Tensor:
+        """x (B, L, D), time (B, 6, D) fp32, text (B, S, D) -> (B, L, D), in x's dtype.
+
+        Tokens meet in the self attention alone: before and after it they go through `step` at a time, and
+        then the result takes x's memory.
+        """
         rows = (self.modulation.float() + time).chunk(6, dim=1)  # six of (B, 1, D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
-        x = gated_add(x, self.self_attn(modulated_norm(x, shift_attn, scale_attn, self.eps), rope), gate_attn)
-        x = x + self.cross_attn(self.norm3(x), text)  # neither modulated nor gated
-        return gated_add(x, self.ffn(modulated_norm(x, shift_ffn, scale_ffn, self.eps)), gate_ffn)
+        keys, values = self.cross_attn.keys_values(text)  # (B, S, H, D/H) each
+
+        def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            return self.self_attn.project(modulated_norm(x, shift_attn, scale_attn, self.eps), (cos, sin))
+
+        def after(x: Tensor, mixed: Tensor) -> Tensor:
+            x = gated_add(x, self.self_attn.o(mixed.flatten(2)), gate_attn)
+            x = x + self.cross_attn(self.norm3(x), keys, values)  # neither modulated nor gated
+            return gated_add(x, self.ffn(modulated_norm(x, shift_ffn, scale_ffn, self.eps)), gate_ffn)
+
+        q, k, v = in_slices(before, x, *rope, step=step)  # (B, L, H, D/H) each
+        mixed = attend(q, k, v)  # (B, L, H, D/H)
+        del q, k, v
+        return in_slices(after, x, mixed, step=step, into=x)
 
 
 class Head(nn.Module):
@@ -143,12 +161,26 @@ class Head(nn.Module):
         return self.head(modulated_norm(x.float(), shift, scale, self.eps))
 
 
+@dataclass(frozen=True)
+class Condition:
+    """What a time and a text give to every block: the same for all latents of a step."""
+
+    time: Tensor  # (B, D) fp32, for the head
+    rows: Tensor  # (B, 6, D) fp32, for the blocks
+    text: Tensor  # (B, text_len, D)
+
+
 class Transformer(nn.Module):
     """Predicts the flow velocity (noise minus clean latents) of video latents at a time, given text states.
 
     Parameters whose name contains one of FP32_PARAMETERS are meant to be fp32; all others share one compute
     dtype, that of `patch_embedding`, which is also the dtype of the residual stream.
+
+    `conditions` needs the modules of ENTRY and `velocity` all the others, so the two need not be in memory
+    together. `token_slice` bounds the memory of a forward: see `Block.forward`.
     """
+
+    ENTRY: ClassVar[tuple[str, ...]] = ("text_embedding", "time_embedding", "time_projection")
 
     FP32_PARAMETERS: ClassVar[tuple[str, ...]] = (
         "time_embedding",
@@ -161,6 +193,7 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.token_slice: int | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -178,17 +211,41 @@ class Transformer(nn.Module):
         last token. Any float dtypes. h and w must be multiples of the patch size (even), and no axis may have
         more than 1024 patches. Raises ValueError for any other shape.
         """
-        grid = self._check(latents, timestep, text_states)
-        dtype = self.patch_embedding.weight.dtype
-        rope = rope_table(grid, self.config.head_dim, latents)
-        time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim))  # (B, D)
-        rows = self.time_projection(time).unflatten(-1, (6, -1)).float()  # (B, 6, D)
-        text = self.text_embedding(text_states.to(dtype))  # (B, text_len, D)
+        self._check(latents)
+        if timestep.shape != latents.shape[:1]:
+            raise ValueError(
+                f"timestep is {tuple(timestep.shape)}, expected ({latents.shape[0]},): one for each latent"
+            )
+        (condition,) = self.conditions(timestep[None], text_states)
+        return self.velocity(latents, condition)
 
-        x = self._patchify(latents.to(dtype))  # (B, L, D)
+    def conditions(self, timesteps: Tensor, text_states: Tensor) -> list[Condition]:
+        """What each step needs of its time and the text: timesteps (S, B), text_states as for `forward`."""
+        config = self.config
+        if text_states.shape != (timesteps.shape[1], config.text_len, config.text_dim):
+            raise ValueError(
+                f"text states are {tuple(text_states.shape)}, expected "
+                f"{(timesteps.shape[1], config.text_len, config.text_dim)}: pad with zero rows to text_len"
+            )
+        text = self.text_embedding(text_states.to(self.patch_embedding.weight.dtype))  # (B, text_len, D)
+        sinusoid = timestep_embedding(timesteps.flatten(), config.freq_dim)  # (S·B, freq_dim)
+        time = self.time_embedding(sinusoid)  # (S·B, D)
+        rows = self.time_projection(time).unflatten(-1, (6, -1)).float()  # (S·B, 6, D)
+        time, rows = (tensor.unflatten(0, timesteps.shape) for tensor in (time.float(), rows))
+        return [Condition(*of_step, text) for of_step in zip(time, rows, strict=True)]
+
+    def velocity(self, latents: Tensor, condition: Condition) -> Tensor:
+        """`forward` where the time and the text are already a condition."""
+        grid = self._check(latents)
+        rope = rope_table(grid, self.config.head_dim, latents)
+        x = self._patchify(latents.to(self.patch_embedding.weight.dtype))  # (B, L, D)
         for block in self.blocks:
-            x = block(x, rows, text, rope)
-        return self._unpatchify(self.head(x, time.float().unsqueeze(1)).float(), grid)
+            x = block(x, condition.rows, condition.text, rope, self.token_slice)
+
+        def head(x: Tensor) -> Tensor:
+            return self.head(x, condition.time.unsqueeze(1)).float()  # (B, L, pt·ph·pw·C)
+
+        return self._unpatchify(in_slices(head, x, step=self.token_slice), grid)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """(B, C, T, h, w) -> tokens (B, L, D); within a patch the channel is slowest, the column fastest."""
@@ -204,24 +261,17 @@ class Transformer(nn.Module):
         video = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # (B, C, T, pt, h, ph, w, pw)
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _check(self, latents: Tensor, timestep: Tensor, text_states: Tensor) -> tuple[int, int, int]:
-        """The grid of patches (frames, rows, columns); ValueError for inputs that do not fit the model."""
+    def _check(self, latents: Tensor) -> tuple[int, int, int]:
+        """The grid of patches (frames, rows, columns); ValueError for latents that do not fit the model."""
         config = self.config
         if latents.ndim != 5 or latents.shape[1] != config.in_dim:
             raise ValueError(f"latents are {tuple(latents.shape)}, expected (B, {config.in_dim}, T, h, w)")
-        batch, _, frames, height, width = latents.shape
+        _, _, frames, height, width = latents.shape
         pt, ph, pw = config.patch_size
         if frames % pt or height % ph or width % pw:
             raise ValueError(
                 f"latents of {frames} frames, {height} rows and {width} columns do not split into patches of "
                 f"{pt}x{ph}x{pw}: each must be a multiple of the patch"
-            )
-        if timestep.shape != (batch,):
-            raise ValueError(f"timestep is {tuple(timestep.shape)}, expected ({batch},): one for each latent")
-        if text_states.shape != (batch, config.text_len, config.text_dim):
-            raise ValueError(
-                f"text states are {tuple(text_states.shape)}, expected "
-                f"{(batch, config.text_len, config.text_dim)}: pad with zero rows to text_len"
             )
         return frames // pt, height // ph, width // pw
 

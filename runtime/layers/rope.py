@@ -12,7 +12,7 @@ from torch import Tensor
 
 MAX_POSITIONS = 1024  # an axis longer than this was never trained, so it is refused
 
-RopeTable = tuple[Tensor, Tensor]  # cosines and sines, each (L, 1, D/2) fp32
+RopeTable = tuple[Tensor, Tensor]  # cosines and sines, each (1, L, 1, D/2) fp32
 
 
 def axis_widths(head_dim: int) -> tuple[int, int, int]:
@@ -25,7 +25,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, like: Tensor) -> RopeT
     """The cosines and sines of every patch of `grid`, frames slowest and columns fastest.
 
     grid: (frames, rows, columns) in patches, each 1..1024. head_dim: even. like: any tensor that lives where
-    the table is wanted. Returns two fp32 tensors (L, 1, head_dim/2), L = frames·rows·columns.
+    the table is wanted. Returns two fp32 tensors (1, L, 1, head_dim/2), L = frames·rows·columns.
     The last two grids are kept: 2·L·head_dim bytes for each fp32 table, 8.4 MB for 832x480x81.
     Raises ValueError for an axis that is outside 1..1024 or an odd head_dim.
     """
@@ -55,7 +55,7 @@ def _table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> R
             torch.cat([table.float().to(device).expand(*grid, -1) for table in tables], dim=-1)
             for tables in ([a.cos() for a in angles], [a.sin() for a in angles])
         )
-        return cos.view(-1, 1, head_dim // 2), sin.view(-1, 1, head_dim // 2)
+        return cos.view(1, -1, 1, head_dim // 2), sin.view(1, -1, 1, head_dim // 2)
 
 
 def apply_rope(x: Tensor, table: RopeTable) -> Tensor:

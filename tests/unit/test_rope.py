@@ -24,7 +24,7 @@ def test_a_head_of_128_is_shared_out_as_published() -> None:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_angles_are_the_published_ones(grid: tuple[int, int, int]) -> None:
     cos, sin = rope_table(grid, 128, torch.empty(0))
-    assert cos.shape == sin.shape == (math.prod(grid), 1, 64)
+    assert cos.shape == sin.shape == (1, math.prod(grid), 1, 64)
     assert cos.dtype == sin.dtype == torch.float32
     worst = 0.0
     for token in range(math.prod(grid)):
@@ -33,8 +33,8 @@ def test_angles_are_the_published_ones(grid: tuple[int, int, int]) -> None:
         angles += [row * 10000 ** (-2 * j / 42) for j in range(21)]
         angles += [column * 10000 ** (-2 * j / 42) for j in range(21)]
         for pair, angle in enumerate(angles):
-            worst = max(worst, abs(cos[token, 0, pair].item() - math.cos(angle)))
-            worst = max(worst, abs(sin[token, 0, pair].item() - math.sin(angle)))
+            worst = max(worst, abs(cos[0, token, 0, pair].item() - math.cos(angle)))
+            worst = max(worst, abs(sin[0, token, 0, pair].item() - math.sin(angle)))
     print(f"rope, grid {grid}: max diff {worst:.2e}")
     assert worst <= 6e-8  # half a step of fp32 below 1
 
@@ -47,8 +47,8 @@ def test_the_last_position_is_as_exact_as_the_first(axis: int) -> None:
     first, width = [(0, 44), (22, 42), (43, 42)][axis]
     for j in range(width // 2):
         angle = 1023 * 10000 ** (-2 * j / width)
-        assert abs(cos[1023, 0, first + j].item() - math.cos(angle)) <= 6e-8
-        assert abs(sin[1023, 0, first + j].item() - math.sin(angle)) <= 6e-8
+        assert abs(cos[0, 1023, 0, first + j].item() - math.cos(angle)) <= 6e-8
+        assert abs(sin[0, 1023, 0, first + j].item() - math.sin(angle)) <= 6e-8
 
 
 def test_position_zero_is_the_identity() -> None:
