@@ -5,6 +5,7 @@ and columns fastest, and every token attends to every token. The time enters eac
 (shift, scale and gate of self attention, then of the feed-forward); the text enters through cross attention.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -120,12 +121,18 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, time: Tensor, text: Tensor, rope: RopeTable, step: int | None = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        rope: RopeTable,
+        step: int | None = None,
+        qkv: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """x (B, L, D), time (B, 6, D) fp32, text (B, S, D) -> (B, L, D), in x's dtype.
 
-        Tokens meet in the self attention alone: before and after it they go through `step` at a time, and
-        then the result takes x's memory.
+        Tokens meet in the self attention alone: before and after it they go through `step` at a time. The
+        result then takes x's memory, and queries, keys and values take that of `qkv`, (B, L, H, D/H) each.
         """
         rows = (self.modulation.float() + time).chunk(6, dim=1)  # six of (B, 1, D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
@@ -139,8 +146,8 @@ class Block(nn.Module):
             x = x + self.cross_attn(self.norm3(x), keys, values)  # neither modulated nor gated
             return gated_add(x, self.ffn(modulated_norm(x, shift_ffn, scale_ffn, self.eps)), gate_ffn)
 
-        q, k, v = in_slices(before, x, *rope, step=step)  # (B, L, H, D/H) each
-        mixed = attend(q, k, v)  # (B, L, H, D/H)
+        q, k, v = in_slices(before, x, *rope, step=step, into=qkv)  # (B, L, H, D/H) each
+        mixed = attend(q, k, v) if qkv is None else q.copy_(attend(q, k, v))  # (B, L, H, D/H)
         del q, k, v
         return in_slices(after, x, mixed, step=step, into=x)
 
@@ -239,13 +246,24 @@ class Transformer(nn.Module):
         grid = self._check(latents)
         rope = rope_table(grid, self.config.head_dim, latents)
         x = self._patchify(latents.to(self.patch_embedding.weight.dtype))  # (B, L, D)
+        qkv = self._workspace(x)
         for block in self.blocks:
-            x = block(x, condition.rows, condition.text, rope, self.token_slice)
+            x = block(x, condition.rows, condition.text, rope, self.token_slice, qkv)
+        del qkv
 
         def head(x: Tensor) -> Tensor:
             return self.head(x, condition.time.unsqueeze(1)).float()  # (B, L, pt·ph·pw·C)
 
         return self._unpatchify(in_slices(head, x, step=self.token_slice), grid)
+
+    def _workspace(self, x: Tensor) -> Sequence[Tensor] | None:
+        """Queries, keys and values of all blocks in turn; None where each makes its own.
+
+        Made once, before anything short-lived: memory that comes and goes then lies in one piece behind it.
+        """
+        if self.token_slice is None or self.token_slice >= x.shape[1]:
+            return None
+        return x.new_empty((3, *x.shape)).unflatten(-1, (self.config.num_heads, -1)).unbind(0)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """(B, C, T, h, w) -> tokens (B, L, D); within a patch the channel is slowest, the column fastest."""

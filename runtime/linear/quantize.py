@@ -47,7 +47,7 @@ def row_scales(x: Tensor, form: Format, floor: float = ACTIVATION_FLOOR) -> Tens
 
 def to_format(x: Tensor, scale: Tensor, form: Format) -> Tensor:
     """saturate(round(x / scale)) in the format's dtype, divided in fp32; x (..., K), scale (..., 1)."""
-    q = x.float() / scale
+    q = x / scale  # the fp32 scale promotes it, with no fp32 copy of x
     if form.integer:
         q = q.round_()  # ties to even
     # The cast rounds ties to even. Above 448 older torch casts to NaN (e4m3 has no infinity): saturate first.

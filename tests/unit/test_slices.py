@@ -23,6 +23,10 @@ def test_a_function_of_single_tokens_does_not_notice(step: int | None) -> None:
     assert torch.equal(in_slices(lambda a, b: a * 2 + b, x, y, step=step), x * 2 + y)
     doubled, rows = in_slices(lambda a: (a * 2, a.sum(-1)), x, step=step)
     assert torch.equal(doubled, x * 2) and torch.equal(rows, x.sum(-1))
+    places = (random(2, 7, 5, seed=2), random(2, 7, seed=3))
+    doubled, rows = in_slices(lambda a: (a * 2, a.sum(-1)), x, step=step, into=places)
+    assert torch.equal(doubled, x * 2) and torch.equal(rows, x.sum(-1))
+    assert (doubled is places[0] and rows is places[1]) == (step is not None and step < 7)
 
 
 def test_a_result_may_take_the_place_of_its_input() -> None:
@@ -70,7 +74,7 @@ def test_conditions_of_all_steps_are_those_of_each() -> None:
 def test_the_peak_of_a_full_size_forward_is_about_five_states(
     quantization: str, height: int, width: int, frames: int
 ) -> None:
-    """x, q, k, v and what attention makes of them; or four of those and what a slice needs, if that is more."""
+    """x, q, k, v and what attention makes of them; or four of those and a slice, if that is more."""
     with torch.device("meta"):
         model = Transformer(FULL).eval().to(torch.bfloat16)
         latent_frames = (frames - 1) // 4 + 1
