@@ -12,7 +12,8 @@ OUT    ?= outputs
 WORKERS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-score demo-train test lint typecheck format locks clean
+.PHONY: help setup demo demo-score demo-train test lint format locks clean
+.PHONY: image test-image test-torch compatibility
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +57,38 @@ lint: $(VENV)/.dev  ## ruff, format check and types
 format: $(VENV)/.dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# TAG=cu124 or cu128; SAGE=off leaves SageAttention out; PYTHON_IMAGE and DOCKER_FLAGS reach `docker build`.
+TAG ?= cu128
+DOCKER ?= docker
+IMAGE = fourstep:$(TAG)
+BUILD_ARGS = $(foreach name,PYTHON_IMAGE SAGE Q8 MAX_JOBS,$(if $($(name)),--build-arg $(name)=$($(name))))
+
+image:  ## build the image TAG=cu124 or cu128 (docs/docker.md)
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file Dockerfile.$(TAG) --tag $(IMAGE) $(BUILD_ARGS) $(DOCKER_FLAGS) \
+	  --build-arg VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  --build-arg REVISION=$$(git describe --always --dirty --abbrev=40 '--exclude=*') \
+	  --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) .
+
+test-image: $(VENV)/.dev  ## run the image TAG from outside: sizes, rights, signals, refusals (after make image)
+	IMAGE=$(IMAGE) $(BIN)/python -m pytest tests/image -rs
+
+# The images' releases of torch, from the images' locks, on this machine's CPU.
+TORCH_LOCK_2.6.0 = cu124
+TORCH_LOCK_2.8.0 = cu128
+RELEASE = $(patsubst torch==%,%,$(TORCH))
+RELEASE_VENV = build/torch-$(RELEASE)
+
+test-torch:  ## the unit tests under an image's torch: make test-torch TORCH=2.6.0 or 2.8.0 (5 GB in build/)
+	@test -n "$(TORCH_LOCK_$(RELEASE))" || { echo "TORCH is $(RELEASE); expected 2.6.0 or 2.8.0, the images' own." >&2; exit 2; }
+	@test -x $(RELEASE_VENV)/bin/python || $(PYTHON) -m venv $(RELEASE_VENV)
+	@$(RELEASE_VENV)/bin/pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r locks/$(TORCH_LOCK_$(RELEASE)).txt
+	@$(RELEASE_VENV)/bin/pip --disable-pip-version-check --quiet install --no-deps --require-hashes -r locks/test.txt
+	@$(RELEASE_VENV)/bin/pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation -e .
+	CUDA_VISIBLE_DEVICES= $(RELEASE_VENV)/bin/python -m pytest -n $(WORKERS) -p no:cacheprovider tests/unit
+
+compatibility: $(VENV)/.runtime  ## write docs/compatibility.md from profiles/images.yaml
+	@$(BIN)/python docker/compatibility.py
 
 locks: $(VENV)/.dev  ## resolve locks/ again from pyproject.toml
 	@./locks/compile.sh
