@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.layers.activation import gelu_for
 from runtime.layers.attention import attend, attention
-from runtime.layers.norm import RMSNorm, gated_add, layer_norm, modulated_norm
-from runtime.layers.rope import RopeTable, apply_rope, rope_table
+from runtime.layers.norm import Affine, Modulation, RMSNorm, Rows, add_norm, gated_add, norm_of
+from runtime.layers.rope import RopeTable, norm_rope, rope_table
 from runtime.layers.slices import in_slices
 
 
@@ -60,12 +61,11 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def project(self, x: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Rows, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens x (B, L, D), each (B, L, H, D/H), the first two rotated."""
-        heads = (self.num_heads, -1)
-        q = apply_rope(self.norm_q(self.q(x)).unflatten(-1, heads), rope)
-        k = apply_rope(self.norm_k(self.k(x)).unflatten(-1, heads), rope)
-        return q, k, self.v(x).unflatten(-1, heads)
+        q = norm_rope(self.q(x), self.norm_q, self.num_heads, rope)
+        k = norm_rope(self.k(x), self.norm_k, self.num_heads, rope)
+        return q, k, self.v(x).unflatten(-1, (self.num_heads, -1))
 
 
 class CrossAttention(nn.Module):
@@ -83,26 +83,27 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of text (B, S, D), each (B, S, H, D/H); they depend on neither time nor latents."""
-        heads = (self.num_heads, -1)
-        return self.norm_k(self.k(text)).unflatten(-1, heads), self.v(text).unflatten(-1, heads)
+        keys = norm_rope(self.k(text), self.norm_k, self.num_heads)
+        return keys, self.v(text).unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x: Rows, keys: Tensor, values: Tensor) -> Tensor:
         """x (B, L, D) and what `keys_values` gave -> (B, L, D)."""
-        q = self.norm_q(self.q(x)).unflatten(-1, (self.num_heads, -1))  # (B, L, H, D/H)
+        q = norm_rope(self.q(x), self.norm_q, self.num_heads)  # (B, L, H, D/H)
         return self.o(attention(q, keys, values))  # (B, L, D)
 
 
 class AffineNorm(nn.Module):
-    """LayerNorm with a weight and a bias."""
+    """The weight and the bias of a LayerNorm."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.eps, self.weight, self.bias)
+    @property
+    def scaling(self) -> Affine:
+        """As `norm_of` takes it."""
+        return Affine(self.weight, self.bias)
 
 
 class Block(nn.Module):
@@ -112,9 +113,9 @@ class Block(nn.Module):
         super().__init__()
         dim = config.dim
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(1, 6, dim) * dim**-0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim).normal_(std=dim**-0.5))
         self.self_attn = SelfAttention(dim, config.num_heads, config.eps)
-        self.norm3 = AffineNorm(dim, config.eps)
+        self.norm3 = AffineNorm(dim)
         self.cross_attn = CrossAttention(dim, config.num_heads, config.eps)
         self.ffn = nn.Sequential(
             nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim)
@@ -138,13 +139,22 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
         keys, values = self.cross_attn.keys_values(text)  # (B, S, H, D/H) each
 
+        into_attn, into_ffn = Modulation(shift_attn, scale_attn), Modulation(shift_ffn, scale_ffn)
+
         def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-            return self.self_attn.project(modulated_norm(x, shift_attn, scale_attn, self.eps), (cos, sin))
+            y = norm_of(x, into_attn, self.eps, self.self_attn.q)
+            return self.self_attn.project(y, (cos, sin))
 
         def after(x: Tensor, mixed: Tensor) -> Tensor:
-            x = gated_add(x, self.self_attn.o(mixed.flatten(2)), gate_attn)
-            x = x + self.cross_attn(self.norm3(x), keys, values)  # neither modulated nor gated
-            return gated_add(x, self.ffn(modulated_norm(x, shift_ffn, scale_ffn, self.eps)), gate_ffn)
+            out, cross, ffn = self.self_attn.o, self.cross_attn, self.ffn
+            x, y = add_norm(x, out(mixed.flatten(2)), gate_attn, self.norm3.scaling, self.eps, cross.q)
+            # The cross attention is neither modulated nor gated.
+            x, y = add_norm(x, cross(y, keys, values), None, into_ffn, self.eps, ffn[0])
+            h = ffn[0](y)
+            del y
+            h = gelu_for(h, ffn[2])
+            h = ffn[2](h)  # under one name, so that what is done with is freed
+            return gated_add(x, h, gate_ffn)
 
         q, k, v = in_slices(before, x, *rope, step=step, into=qkv)  # (B, L, H, D/H) each
         mixed = attend(q, k, v) if qkv is None else q.copy_(attend(q, k, v))  # (B, L, H, D/H)
@@ -159,13 +169,13 @@ class Head(nn.Module):
         super().__init__()
         pt, ph, pw = config.patch_size
         self.eps = config.eps
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) * config.dim**-0.5)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim).normal_(std=config.dim**-0.5))
         self.head = nn.Linear(config.dim, pt * ph * pw * config.out_dim)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x (B, L, D), time (B, 1, D) fp32 -> (B, L, patch·channels)."""
         shift, scale = (self.modulation.float() + time).chunk(2, dim=1)  # the same time on both rows
-        return self.head(modulated_norm(x.float(), shift, scale, self.eps))
+        return self.head(norm_of(x.float(), Modulation(shift, scale), self.eps))
 
 
 @dataclass(frozen=True)

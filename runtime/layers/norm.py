@@ -1,24 +1,83 @@
-"""Norms, modulation and gates: computed in fp32 and rounded once, to the dtype of what came in."""
+"""Norms, modulation and gates: computed in fp32 and rounded once, to the dtype of what came in.
+
+Each operation is plain torch, which is the reference and takes gradients, and one fused kernel on a GPU
+(`runtime/kernels`) where no gradient is asked for. The kernels may write where their input was, and hand
+their result on in the form that its `reader` multiplies, the linear it goes to: `Prepared` for an 8-bit one.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.kernels import gated_add as gated_add_kernel
+from runtime.kernels.launch import fused
+from runtime.kernels.norm_quantize import Affine, Modulation, Residual, Scaling, norm, norm_quantize
+from runtime.kernels.prepared import Prepared
 
-def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """(x - mean)/√(variance + eps), times weight, plus bias, over the last axis; x (..., D), result as x."""
-    return _layer_norm_fp32(x, eps, weight, bias).to(x.dtype)
+__all__ = ["Affine", "Modulation", "RMSNorm", "add_norm", "by_kernel", "gated_add", "norm_of", "taken_by"]
+
+Rows = Tensor | Prepared
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x)·(1 + scale) + shift; x (B, L, D), shift and scale (B, 1, D) fp32, result as x."""
-    return (_layer_norm_fp32(x, eps) * (1 + scale) + shift).to(x.dtype)
+def by_kernel(x: Tensor) -> bool:
+    """Whether a fused kernel works on x (B, L, D): one video at a time, on a GPU, without gradients."""
+    return x.shape[0] == 1 and not torch.is_grad_enabled() and fused(x)
+
+
+def taken_by(reader: nn.Module | None, x: Tensor) -> torch.dtype | None:
+    """The 8-bit dtype in which `reader` multiplies rows like x as they are; None where it wants x itself."""
+    takes = getattr(reader, "takes", None)
+    return None if takes is None else takes(x)
+
+
+def norm_of(x: Tensor, scaling: Scaling, eps: float, reader: nn.Module | None = None) -> Rows:
+    """LayerNorm(x)·(1 + scale) + shift for a `Modulation`, LayerNorm(x)·weight + bias for an `Affine`.
+
+    x (B, L, D); shift and scale (B, 1, D) fp32, weight and bias (D,). In x's dtype, or as `reader` takes it.
+    """
+    if by_kernel(x):
+        return _by_kernel(x, scaling, eps, reader, None)
+    if isinstance(scaling, Affine):
+        return _layer_norm_fp32(x, eps, scaling.weight, scaling.bias).to(x.dtype)
+    return (_layer_norm_fp32(x, eps) * (1 + scaling.scale) + scaling.shift).to(x.dtype)
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor | None,
+    scaling: Scaling,
+    eps: float,
+    reader: nn.Module | None = None,
+) -> tuple[Tensor, Rows]:
+    """(x + branch·gate, `norm_of` that); branch (B, L, D), gate (B, 1, D) fp32 or None for 1.
+
+    A kernel writes the sum to x's own memory.
+    """
+    if by_kernel(x):
+        return x, _by_kernel(x, scaling, eps, reader, Residual(branch, gate))
+    x = x + branch if gate is None else gated_add(x, branch, gate)
+    return x, norm_of(x, scaling, eps, reader)
 
 
 def gated_add(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    """residual + branch·gate; residual and branch (B, L, D), gate (B, 1, D) fp32, result as residual."""
+    """residual + branch·gate; residual and branch (B, L, D), gate (B, 1, D) fp32, result as residual.
+
+    A kernel writes it to the residual's own memory.
+    """
+    if by_kernel(residual):
+        return gated_add_kernel.gated_add(residual, branch, gate)
     # The fp32 gate promotes the product and the sum, with no fp32 copy of either operand.
     return (residual + branch * gate).to(residual.dtype)
+
+
+def _by_kernel(
+    x: Tensor, scaling: Scaling, eps: float, reader: nn.Module | None, residual: Residual | None
+) -> Rows:
+    dtype = taken_by(reader, x)
+    if dtype is None:
+        return norm(x, scaling, eps, residual)
+    return Prepared(*norm_quantize(x, scaling, eps, dtype, residual), x.dtype)
 
 
 def _layer_norm_fp32(

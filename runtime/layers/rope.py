@@ -10,6 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from runtime.kernels.rms_rope import rms_rope
+from runtime.layers.norm import RMSNorm, by_kernel
+
 MAX_POSITIONS = 1024  # an axis longer than this was never trained, so it is refused
 
 RopeTable = tuple[Tensor, Tensor]  # cosines and sines, each (1, L, 1, D/2) fp32
@@ -56,6 +59,19 @@ def _table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> R
             for tables in ([a.cos() for a in angles], [a.sin() for a in angles])
         )
         return cos.view(1, -1, 1, head_dim // 2), sin.view(1, -1, 1, head_dim // 2)
+
+
+def norm_rope(x: Tensor, norm: RMSNorm, num_heads: int, table: RopeTable | None = None) -> Tensor:
+    """Heads of norm(x), turned by `table` if there is one: x (B, L, H·D) -> (B, L, H, D).
+
+    A kernel does both at once, in x's own memory, with one rounding.
+    """
+    if by_kernel(x):
+        turn = None if table is None else (table[0][0], table[1][0])  # (L, 1, D/2) each
+        x = rms_rope(x, norm.weight, norm.eps, x.shape[-1] // num_heads, turn)
+        return x.unflatten(-1, (num_heads, -1))
+    heads = norm(x).unflatten(-1, (num_heads, -1))
+    return heads if table is None else apply_rope(heads, table)
 
 
 def apply_rope(x: Tensor, table: RopeTable) -> Tensor:

@@ -36,10 +36,11 @@ class Fp8Linear(QuantizedLinear):
     """y = x W^T + bias, with e4m3 weights scaled per output channel and activations scaled per token."""
 
     form: ClassVar[Format] = FP8
+    PREPARED: ClassVar[tuple[str, ...]] = ("rowwise",)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """rows (M, in) -> (M, out), in the way that the device has."""
-        way = forced() or self._way(rows)
+        way = self.way(rows)
         if way == "reference":
             return self.in_slices(rows, self._reference)
         if way == "rowwise":
@@ -48,7 +49,14 @@ class Fp8Linear(QuantizedLinear):
             return self.in_slices(rows, self._unscaled)
         return self.dequantized(rows)
 
-    def _way(self, rows: Tensor) -> str:
+    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """rowwise, which is the one way that takes quantized rows whole; dtype is bf16."""
+        return self._rowwise(q, scale)
+
+    def way(self, rows: Tensor) -> str:
+        """How rows are multiplied on their device; the names stand at the head of this file."""
+        if forced_name := forced():
+            return forced_name
         if rows.device.type != "cuda":
             return "reference"
         if self.in_features % _MULTIPLE or self.out_features % _MULTIPLE:

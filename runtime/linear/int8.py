@@ -8,6 +8,7 @@ Layout in the file and here: weight (out, in) int8, row-major; weight_scale (out
 The sum of K products is below 127 * 128 * K: int32 holds it up to K = 132,000, fp32 is exact only up to 2^24.
 
 Ways to multiply, found once per GPU by a trial run that is checked against `reference`:
+  fused        our own kernel with the scales and the bias in its epilogue (runtime/kernels/w8a8.py, Triton)
   integer      torch._int_mm (tensor cores from Turing on; more than 16 rows, both sizes multiples of 8),
                then the scales and the bias
   dequantized  W in x's dtype and a plain product: sizes that are no multiple of 8, GPUs without the kernel
@@ -20,9 +21,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from runtime.kernels.launch import fused
+from runtime.kernels.row_quantize import row_quantize
+from runtime.kernels.w8a8 import w8a8
 from runtime.linear.module import QuantizedLinear, first_working, forced, pad_rows, rescale
 from runtime.linear.quantize import INT8, Format, quantize_rows
 
+_TILE = 16  # the fused kernel wants both sizes of the weight to be multiples of this
 _MULTIPLE = 8  # _int_mm wants both sizes of the weight to be multiples of this
 _EXACT_TERMS = 1024  # 127 * 128 * 1024 < 2^24: so many products sum exactly in fp32
 
@@ -31,22 +36,34 @@ class Int8Linear(QuantizedLinear):
     """y = x W^T + bias, with int8 weights scaled per output channel and activations scaled per token."""
 
     form: ClassVar[Format] = INT8
+    PREPARED: ClassVar[tuple[str, ...]] = ("fused",)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """rows (M, in) -> (M, out), in the way that the device has."""
-        way = forced() or self._way(rows)
+        way = self.way(rows)
         if way == "reference":
             return self.in_slices(rows, self._reference)
+        if way == "fused":
+            return self.product(*row_quantize(rows, torch.int8), rows.dtype)
         if way == "integer":
             return self.in_slices(rows, self._integer)
         return self.dequantized(rows)
 
-    def _way(self, rows: Tensor) -> str:
+    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """fused, which is the one way that takes quantized rows whole."""
+        return w8a8(q, self.weight, scale, self.weight_scale, self.bias, dtype)
+
+    def way(self, rows: Tensor) -> str:
+        """How rows are multiplied on their device; the names stand at the head of this file."""
+        if forced_name := forced():
+            return forced_name
         if rows.device.type != "cuda":
             return "reference"
         if self.in_features % _MULTIPLE or self.out_features % _MULTIPLE:
             return "dequantized"
-        return _device_way(rows.device)
+        way = _device_way(rows.device)
+        whole_tiles = self.in_features % _TILE == 0 and self.out_features % _TILE == 0
+        return "integer" if way == "fused" and not whole_tiles else way
 
     def _reference(self, q: Tensor, scale: Tensor) -> Tensor:
         return rescale(exact_product(q, self.weight), scale, self.weight_scale, self.bias)
@@ -81,7 +98,21 @@ def int_mm(q: Tensor, weight: Tensor) -> Tensor:
 @cache
 def _device_way(device: torch.device) -> str:
     """The best way of this GPU; two small products, once per process."""
-    return first_working(device, {"integer": _try_integer}, otherwise="dequantized")
+    return first_working(device, {"fused": _try_fused, "integer": _try_integer}, otherwise="dequantized")
+
+
+def _try_fused(device: torch.device) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 512, generator=generator).bfloat16().to(device)
+    if not fused(x, torch.int8):
+        return False
+    weight = torch.randint(-128, 128, (384, 512), generator=generator, dtype=torch.int8).to(device)
+    weight_scale = torch.rand(384, 1, generator=generator).add_(0.5).to(device)
+    bias = torch.randn(384, generator=generator).to(device)
+    q, scale = quantize_rows(x, INT8)
+    y = w8a8(q, weight, scale, weight_scale, bias, torch.float32)
+    expected = rescale(exact_product(q, weight), scale, weight_scale, bias)
+    return torch.allclose(y, expected, rtol=1e-5, atol=1e-3)  # an exact sum, then three fp32 roundings
 
 
 def _try_integer(device: torch.device) -> bool:

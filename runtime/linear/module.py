@@ -13,6 +13,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from runtime.kernels.launch import fused
+from runtime.kernels.prepared import Prepared
+from runtime.kernels.row_quantize import row_quantize
 from runtime.linear.quantize import Format, dequantize, quantize_rows
 
 SLICE_ELEMENTS = 2**25  # of acc or of x in fp32 at a time: 128 MiB, and still enough rows to fill any GPU
@@ -29,6 +32,7 @@ class QuantizedLinear(nn.Module):
     """
 
     form: ClassVar[Format]
+    PREPARED: ClassVar[tuple[str, ...]] = ()  # the ways that take quantized rows whole
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: torch.device | str | None = None
@@ -61,10 +65,34 @@ class QuantizedLinear(nn.Module):
             )
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in), bf16, fp16 or fp32 -> (..., out) of the same dtype."""
+    def forward(self, x: Tensor | Prepared) -> Tensor:
+        """x (..., in), bf16, fp16 or fp32, or such rows prepared -> (..., out) of their dtype."""
+        if isinstance(x, Prepared):
+            q = x.values.reshape(-1, self.in_features)  # (M, in)
+            y = self.product(q, x.scales.reshape(-1, 1), x.dtype)
+            return y.reshape(*x.values.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features)  # (M, in)
-        return self.multiply(rows).reshape(*x.shape[:-1], self.out_features)
+        if self.takes(rows) is not None:
+            y = self.product(*row_quantize(rows, self.form.dtype), rows.dtype)
+        else:
+            y = self.multiply(rows)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def takes(self, x: Tensor) -> torch.dtype | None:
+        """The 8-bit dtype of rows that this layer multiplies as they are; None where it wants x itself.
+
+        Then a kernel that makes x may quantize it on the way, once for all layers that read it.
+        """
+        prepared = self.way(x) in self.PREPARED and fused(x, self.form.dtype)
+        return self.form.dtype if prepared else None
+
+    def way(self, x: Tensor) -> str:
+        """How x (..., in) is multiplied on its device: one of the ways of the class."""
+        raise NotImplementedError
+
+    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """q (M, in) quantized, scale (M, 1) -> (M, out) of dtype, in one of the ways of PREPARED."""
+        raise NotImplementedError
 
     def multiply(self, rows: Tensor) -> Tensor:
         """rows (M, in) -> (M, out), by the fastest way that this device has."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.layers.norm import RMSNorm, gated_add, layer_norm, modulated_norm
+from runtime.layers.norm import Affine, Modulation, RMSNorm, gated_add, norm_of
 from runtime.transformer import Transformer, TransformerConfig, timestep_embedding
 
 TO_DIFFUSERS = [  # in order: what the original calls a part, what diffusers calls it
@@ -284,8 +284,8 @@ def test_norms_and_gates_round_once() -> None:
     rms = RMSNorm(64, 1e-6)
     rms.weight.data = weight
     for operation in (
-        lambda x, branch: modulated_norm(x, shift, scale, 1e-6),
-        lambda x, branch: layer_norm(x, 1e-6, weight, bias),
+        lambda x, branch: norm_of(x, Modulation(shift, scale), 1e-6),
+        lambda x, branch: norm_of(x, Affine(weight, bias), 1e-6),
         lambda x, branch: gated_add(x, branch, gate),
         lambda x, branch: rms(x),
     ):

@@ -1,0 +1,83 @@
+"""Rows of numbers to eight bits, in one pass.
+
+    s[m]   = max(absmax(x[m]), 1e-30) / qmax          qmax 448 for e4m3, 127 for int8; s is fp32
+    q[m,k] = round(x[m,k] / s[m])                     to nearest, ties to even
+
+x (M, K) bf16, fp16 or fp32, row-major; q (M, K), s (M, 1). One program holds one row in registers: x is
+read once and q written once, 3 bytes for each bf16 entry. The kernel equals its twin bit for bit; a row
+with NaN or infinity is NaN again after q*s in both.
+"""
+
+# mypy: allow-untyped-defs
+# (Triton reads the signatures of its kernels itself: annotations there are its own.)
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.launch import FLOOR, QMAX, fused, jit, on, row_parts, rows_of, tl, warps_for
+from runtime.kernels.rows import absmax_bits, quantized, row_scale
+
+
+def row_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x (..., K) -> (q (..., K) of dtype, s (..., 1) fp32); dtype torch.int8 or torch.float8_e4m3fn.
+
+    Raises ValueError where x's rows are not contiguous.
+    """
+    return (row_quantize_triton if fused(x, dtype) else row_quantize_torch)(x, dtype)
+
+
+def row_quantize_torch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The formula in plain torch."""
+    qmax = QMAX[dtype]
+    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True).float().clamp_min(FLOOR)
+    # By a tensor: CUDA turns a division by a number into a product with its rounded reciprocal.
+    scale = absmax / torch.full_like(absmax, qmax)
+    q = x.float() / scale
+    if dtype == torch.int8:
+        q = q.round_()
+    return q.clamp_(-qmax, qmax).to(dtype), scale
+
+
+def row_quantize_triton(x: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
+    """The kernel; `warps` 0 takes the number that suits K."""
+    rows = rows_of(x)
+    count, width = rows.shape
+    q = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    main, tail = row_parts(width)
+    if count:
+        with on(x):
+            _row_quantize_kernel[(count,)](
+                rows,
+                q,
+                scale,
+                WIDTH=width,
+                MAIN=main,
+                TAIL=tail,
+                INTEGER=dtype == torch.int8,
+                num_warps=warps or warps_for(width),
+                enable_fp_fusion=False,
+            )
+    return q, scale
+
+
+@jit
+def _row_quantize_kernel(
+    x, q, scales, WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, INTEGER: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * WIDTH
+    q += row * WIDTH
+    places = tl.arange(0, MAIN)
+    a = tl.load(x + places).to(tl.float32)
+    bits = absmax_bits(a)
+    if TAIL:
+        beyond = MAIN + tl.arange(0, TAIL)
+        inside = beyond < WIDTH
+        b = tl.load(x + beyond, mask=inside, other=0.0).to(tl.float32)
+        bits = tl.maximum(bits, absmax_bits(b))
+    scale, reciprocal, stored = row_scale(bits, INTEGER)
+    tl.store(scales + row, stored)
+    tl.store(q + places, quantized(a, scale, reciprocal, INTEGER))
+    if TAIL:
+        tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside)

@@ -1,0 +1,383 @@
+"""The ways to compute attention that exist, which of them are right on this GPU, and which is fastest.
+
+    out = softmax(q·kᵀ·scale)·v        q (B, L, H, D), k and v (B, S, H, D) of one dtype -> (B, L, H, D)
+
+| name | product in | what |
+|---|---|---|
+| sage2 | 8 bits | SageAttention 2, the variant of this GPU: int8 q·kᵀ, fp8 (sm_86: fp16) probabilities |
+| sage2-fp32 | 8 bits | the same with fp32 sums of the second product, where `sage2` takes fp16 ones |
+| sage2-fp16 | 8 bits | int8 q·kᵀ and fp16 probabilities, whose range no outlier exceeds so soon |
+| sage1 | 8 bits | SageAttention 1 (pure Triton): int8 q·kᵀ, fp16 probabilities |
+| cudnn-fp8 | 8 bits | cuDNN's FP8, through nvidia-cudnn-frontend (`cudnn_fp8.py`): e4m3 all through |
+| flash3, flash2 | 16 bits | the flash-attn packages, where they are installed |
+| sdpa-cudnn, sdpa-flash, sdpa-efficient | 16 bits | torch's kernels |
+| sdpa | 16 bits | whichever of them torch chooses; the CPU's |
+| sdpa-math | fp32 | the formula, a slice of the scores at a time: the slow twin and the last resort |
+
+An import proves nothing: kernels miss this GPU's architecture, were built for another CUDA, or read beyond
+the last key. So a backend counts when `prove` has run it on this GPU, at lengths that are no multiple of any
+tile, with NaN behind the last key, and its numbers were those of the twin. Sage launches on the legacy
+default stream whatever the current stream is: engine and proof compute on the default stream, or it is
+silently wrong.
+"""
+
+import importlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from runtime.errors import RequestError
+from runtime.kernels.tune import Timing, time_candidates
+from runtime.layers import cudnn_fp8
+
+Run = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+PROOF_LENGTHS = (1, 63, 65, 513, 1000)
+BOUNDS = {8: 0.06, 16: 0.01, 32: 4e-3}  # relative RMS distance to fp32; rounding out to bf16 alone is .0018
+_SCORE_BYTES = 2**28  # of fp32 scores that the twin holds at a time
+_HEAD_DIMS_8BIT = (64, 96, 128)
+TIMED_TOKENS = 8192  # at most, in trials: 80 MiB for each 16-bit tensor of 40 heads of 128
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention.
+
+    Attributes:
+        bits: 8, 16 or 32, the precision of its products; sets the bound of its proof and its place among
+        rungs. find: (compute capability) -> what runs it there, or None; it may import a package. lowest:
+        first compute capability.
+    """
+
+    name: str
+    bits: int
+    find: Callable[[tuple[int, int]], Run | None]
+    lowest: tuple[int, int] = (8, 0)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a trial run showed: the relative RMS distance to fp32, and why not where it is unusable."""
+
+    name: str
+    ok: bool
+    distance: float = float("nan")
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend in use, how it runs, and what was learned on the way (for `doctor` and the metadata)."""
+
+    name: str
+    run: Run
+    proofs: tuple[Proof, ...]
+    timings: tuple[Timing, ...] = ()
+
+
+# --- the ways ---
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """torch's attention, by the kernel of its choice."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def math(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The formula in fp32, head by head and a slice of the queries at a time: the slow twin."""
+    out = torch.empty_like(q)
+    step = max(_SCORE_BYTES // (4 * k.shape[1]), 1)
+    for batch in range(q.shape[0]):
+        for head in range(q.shape[2]):
+            keys = k[batch, :, head].float().t() * scale  # (D, S)
+            values = v[batch, :, head].float()  # (S, D)
+            for start in range(0, q.shape[1], step):
+                scores = q[batch, start : start + step, head].float() @ keys  # (step, S)
+                out[batch, start : start + step, head] = scores.softmax(-1) @ values
+    return out
+
+
+def _sdpa_with(kernel: SDPBackend, _capability: tuple[int, int]) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        with sdpa_kernel(kernel):
+            return sdpa(q, k, v, scale)
+
+    return run
+
+
+def _module(name: str) -> ModuleType | None:
+    """A package that may be missing, or broken: built for another torch, without this GPU."""
+    with suppress(ImportError, OSError, RuntimeError, AttributeError):
+        return importlib.import_module(name)
+    return None
+
+
+def _sage2(wanted: str, capability: tuple[int, int]) -> Run | None:
+    """SageAttention 2 as `wanted`: "fast", "fp32" (sums) or "fp16" (probabilities)."""
+    sage = _module("sageattention")
+    if sage is None or not hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda"):
+        return None
+    options: dict[str, object] = {"tensor_layout": "NHD", "is_causal": False}
+    if wanted == "fp16":
+        if capability == (8, 6):
+            return None  # `sage2` is that already
+        return _named(sage, "sageattn_qk_int8_pv_fp16_cuda", {**options, "pv_accum_dtype": "fp32"})
+    if capability in ((8, 0), (8, 6)):
+        kind = "cuda" if capability == (8, 0) else "triton"
+        precise = {"pv_accum_dtype": "fp32"} if kind == "cuda" else {}
+        return (
+            None if wanted == "fp32" else _named(sage, f"sageattn_qk_int8_pv_fp16_{kind}", options | precise)
+        )
+    if capability == (9, 0):
+        options["pv_accum_dtype"] = "fp32+fp32"
+        return None if wanted == "fp32" else _named(sage, "sageattn_qk_int8_pv_fp8_cuda_sm90", options)
+    if capability == (8, 9) or capability[0] == 12:
+        if capability[0] == 12:  # Sage's Triton kernels are unusable there: no quantization per thread
+            options["qk_quant_gran"] = "per_warp"
+        half = half_sums_compiled()
+        if wanted == "fp32" and not half:
+            return None  # `sage2` is that already
+        options["pv_accum_dtype"] = "fp32+fp16" if half and wanted == "fast" else "fp32+fp32"
+        return _named(sage, "sageattn_qk_int8_pv_fp8_cuda", options)
+    return None
+
+
+def half_sums_compiled(version: str | None = torch.version.cuda) -> bool:
+    """Whether SageAttention's fp16 sums exist: compilers before CUDA 12.8 leave a trap in their place."""
+    return version is not None and tuple(int(part) for part in version.split(".")[:2]) >= (12, 8)
+
+
+def _sage1(_capability: tuple[int, int]) -> Run | None:
+    sage = _module("sageattention")
+    if sage is None or hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda"):
+        return None
+    return _named(sage, "sageattn", {"tensor_layout": "NHD", "is_causal": False})
+
+
+def _named(module: ModuleType, name: str, options: dict[str, object]) -> Run | None:
+    function = getattr(module, name, None)
+    if function is None:
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return function(q, k, v, sm_scale=scale, **options)
+
+    return run
+
+
+def _flash(package: str, _capability: tuple[int, int]) -> Run | None:
+    function = getattr(_module(package), "flash_attn_func", None)
+    if function is None:
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        out = function(q, k, v, softmax_scale=scale)
+        return out[0] if isinstance(out, tuple) else out  # some versions return the sums too
+
+    return run
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("sage2", 8, partial(_sage2, "fast")),
+        Backend("sage2-fp32", 8, partial(_sage2, "fp32")),
+        Backend("sage2-fp16", 8, partial(_sage2, "fp16")),
+        Backend("sage1", 8, _sage1),
+        Backend("cudnn-fp8", 8, cudnn_fp8.find, lowest=(9, 0)),
+        Backend("flash3", 16, partial(_flash, "flash_attn_interface"), lowest=(9, 0)),
+        Backend("flash2", 16, partial(_flash, "flash_attn")),
+        Backend("sdpa-cudnn", 16, partial(_sdpa_with, SDPBackend.CUDNN_ATTENTION)),
+        Backend("sdpa-flash", 16, partial(_sdpa_with, SDPBackend.FLASH_ATTENTION)),
+        Backend("sdpa-efficient", 16, partial(_sdpa_with, SDPBackend.EFFICIENT_ATTENTION), lowest=(5, 0)),
+        Backend("sdpa", 16, lambda _: sdpa, lowest=(0, 0)),
+        Backend("sdpa-math", 32, lambda _: math, lowest=(0, 0)),
+    )
+}
+
+
+# --- which are right here ---
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; (0, 0) for the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
+def available(name: str, device: torch.device) -> Run | None:
+    """What runs this backend on `device`, by import and capability alone; None where it is missing."""
+    backend = BACKENDS[name]
+    capability = capability_of(device)
+    return backend.find(capability) if capability >= backend.lowest else None
+
+
+def inputs(
+    length: int, keys: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q (1, length, heads, head_dim), k and v (1, keys, ...) with NaN behind the last row of each.
+
+    Keys have a common part and a few large channels, as the model's have.
+    """
+    generator = torch.Generator(device).manual_seed(length + 7 * keys)
+
+    def rows(count: int) -> Tensor:
+        room = torch.full((1, count + 128, heads, head_dim), float("nan"), dtype=dtype, device=device)
+        x = room[:, :count]
+        for head in range(heads):  # one at a time: at full length the memory is the engine's
+            x[:, :, head] = torch.randn((1, count, head_dim), dtype=dtype, device=device, generator=generator)
+        return x
+
+    q, k, v = rows(length), rows(keys), rows(keys)
+    k[..., :: max(head_dim // 8, 1)] += 2.0
+    v += 0.5
+    return q, k, v
+
+
+def prove(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> Proof:
+    """Run a backend at small and odd lengths against `sdpa-math` in fp32: finite and close, or why not.
+
+    Each length attends to itself and to 512 keys. The bound is that of the backend's precision.
+    """
+    return _prove(name, available(name, device), device, dtype, head_dim)
+
+
+def _prove(name: str, run: Run | None, device: torch.device, dtype: torch.dtype, head_dim: int) -> Proof:
+    bits = BACKENDS[name].bits
+    if run is None:
+        return Proof(name, False, reason="not installed, or not for this GPU")
+    if bits == 8 and head_dim not in _HEAD_DIMS_8BIT:
+        return Proof(name, False, reason=f"takes heads of {_HEAD_DIMS_8BIT}, not {head_dim}")
+    if bits < 32 and dtype == torch.float32 and device.type == "cuda":
+        return Proof(name, False, reason="takes 16-bit numbers only")
+    worst = 0.0
+    for length in PROOF_LENGTHS:
+        for keys in {length, 512}:
+            q, k, v = inputs(length, keys, 3, head_dim, dtype, device)
+            try:
+                out = run(q, k, v, head_dim**-0.5)
+                distance = _distance(out, math(q.float(), k.float(), v.float(), head_dim**-0.5))
+            # A missing kernel is an assertion here, a CUDA error or an unsupported shape there.
+            except Exception as error:  # noqa: BLE001
+                reason = (str(error).strip().splitlines() or ["no message"])[0]
+                return Proof(name, False, worst, f"{length} on {keys} keys: {type(error).__name__}: {reason}")
+            if not distance <= BOUNDS[bits]:  # NaN is above any bound
+                text = f"{length} on {keys} keys: {distance:.3f} from fp32, expected {BOUNDS[bits]} at most"
+                return Proof(name, False, distance, text)
+            worst = max(worst, distance)
+    return Proof(name, True, worst)
+
+
+def _distance(out: Tensor, expected: Tensor) -> float:
+    """Relative RMS distance; infinite where the shape is another."""
+    if out.shape != expected.shape:
+        return float("inf")
+    return float((out.float() - expected).norm() / expected.norm())
+
+
+@cache
+def proofs(device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Proof, ...]:
+    """Every backend's proof on `device`, once per process: the table that `doctor` shows."""
+    return tuple(prove(name, device, dtype, head_dim) for name in BACKENDS)
+
+
+# --- which to take ---
+
+
+def choose(
+    device: torch.device,
+    tokens: int,
+    keys: int | None = None,
+    heads: int = 40,
+    head_dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    forced: str | None = None,
+) -> Choice:
+    """The fastest proven backend for `tokens` queries on `keys` keys (the same tokens unless given).
+
+    Timed on `device` with random inputs, once per process and size; on a CPU it is torch's own. Of longer
+    lengths TIMED_TOKENS are timed, as a loaded model leaves no room for more: what is fastest there is taken
+    for what is fastest, and no time of the full length is claimed. The order can differ only between near
+    equals: what a backend does once for each token weighs four times as much at 8,192 as at 32,760.
+    forced: this backend and no other ("auto" is None). Raises RequestError for an unknown name and for one
+    that does not work here, with what its trial run showed.
+    """
+    if forced in (None, "auto"):
+        keys = tokens if keys is None else keys
+        # Cross attention has so few keys that 8 bits gain nothing and lose precision.
+        few = keys <= 1024 < tokens
+        timed = (min(tokens, TIMED_TOKENS), min(keys, TIMED_TOKENS))
+        return _fastest(device, *timed, heads, head_dim, dtype, (16,) if few else (8, 16))
+    if forced not in BACKENDS:
+        raise RequestError(f"attention {forced!r} is unknown, expected auto or one of {', '.join(BACKENDS)}")
+    proof = prove(forced, device, dtype, head_dim)
+    run = available(forced, device)
+    if not proof.ok or run is None:
+        raise RequestError(f"attention {forced!r} does not work here ({proof.reason}): use --attention auto")
+    return Choice(forced, run, (proof,))
+
+
+@cache
+def _fastest(
+    device: torch.device,
+    tokens: int,
+    keys: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    kinds: tuple[int, ...],
+) -> Choice:
+    found = proofs(device, dtype, head_dim)
+    proven = [proof.name for proof in found if proof.ok]
+    if device.type != "cuda" or "sdpa" not in proven:
+        name = "sdpa" if "sdpa" in proven else "sdpa-math"
+        return Choice(name, _must(name, device), found)
+    names = [name for name in proven if BACKENDS[name].bits in kinds]
+    q, k, v = inputs(tokens, keys, heads, head_dim, dtype, device)
+    scale = head_dim**-0.5
+    timings = time_candidates({n: partial(_must(n, device), q, k, v, scale) for n in names}, repeats=3)
+    best = next((timing.name for timing in timings if timing.milliseconds is not None), "sdpa-math")
+    return Choice(best, _must(best, device), found, tuple(timings))
+
+
+def rungs(choice: Choice, device: torch.device) -> list[str]:
+    """`choice` and what to fall back to when its numbers are wrong, safer from rung to rung.
+
+    8-bit backends after an 8-bit one only with safer sums, then the fastest of the 16-bit ones that were
+    proven, then `sdpa-math`.
+    """
+    proven = {proof.name for proof in choice.proofs if proof.ok} or {choice.name}
+    if not choice.timings:  # forced, or a CPU: what else is right here is not known yet
+        proven |= {name for name in ("sdpa", "sdpa-math") if available(name, device)}
+    order = [timing.name for timing in choice.timings if timing.milliseconds is not None]
+    order += [name for name in BACKENDS if name not in order]
+    bits = BACKENDS[choice.name].bits
+    ladder = [choice.name]
+    if bits == 8:
+        ladder += [name for name in ("sage2-fp32", "sage2-fp16") if name in proven and name != choice.name]
+    if bits <= 16:
+        ladder += [
+            name for name in order if name in proven and BACKENDS[name].bits == 16 and name != choice.name
+        ][:1]
+    return ladder if "sdpa-math" in ladder else [*ladder, "sdpa-math"]
+
+
+def named(name: str, device: torch.device) -> Run:
+    """What runs a rung. Raises RequestError for a backend that is missing on this device."""
+    run = available(name, device) if name in BACKENDS else None
+    if run is None:
+        raise RequestError(f"attention {name!r} is not available here: use --attention auto")
+    return run
+
+
+def _must(name: str, device: torch.device) -> Run:
+    run = available(name, device)
+    assert run is not None  # it was proven here
+    return run
