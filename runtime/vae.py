@@ -1,20 +1,40 @@
 """The causal video VAE of Wan2.1: frames to latents and back, 8x smaller each way and 4x fewer in time.
 
 The first frame of a video is a latent frame of its own; every later latent frame stands for four frames. All
-layers are causal in time, so decoding may go one latent frame at a time (`decode_chunks`: memory does not
-grow with the length of the video) or all at once (`chunked=False`: what training differentiates). Both give
-the same numbers. Tensor names are those of the published `Wan2.1_VAE.pth`.
+layers are causal in time, so decoding may go all at once (`chunked=False`: what training differentiates) or
+one latent frame at a time (`decode_chunks`: memory does not grow with the length of the video). The third way
+is the decoder as steps of single frames (`Decoder.frame_steps`), which `runtime/vae_tiles.py` runs: the least
+memory and time, no gradients. All give the same numbers. Tensor names are those of the published
+`Wan2.1_VAE.pth`.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from runtime.layers.attention import attention
-from runtime.layers.causal_conv import CausalConv3d, CausalSequential, History, run_in_chunks
+from runtime.layers.causal_conv import (
+    CausalConv3d,
+    CausalSequential,
+    History,
+    run_in_chunks,
+)
+from runtime.layers.video_blocks import (
+    ChannelNorm,
+    Downsample,
+    FrameAttention,
+    FrameStep,
+    ResidualBlock,
+    Upsample,
+    accumulation_dtype,
+    middle_blocks,
+    norm_and_conv,
+    norm_silu_conv,
+    pixels_beside,
+)
+
+__all__ = ["VAE", "ChannelNorm", "Downsample", "FrameAttention", "ResidualBlock", "Upsample", "VAEConfig"]
 
 # Statistics of the published VAE's latents over its training videos, channel by channel.
 LATENTS_MEAN = (
@@ -71,126 +91,6 @@ class VAEConfig:
     def temporal_scale(self) -> int:
         """Frames per latent frame, from the second latent frame on; the first stands for one frame."""
         return 2 ** sum(self.temporal_downsample)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or the given dtype where that is wider (float64)."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class ChannelNorm(nn.Module):
-    """x / max(|x|, 1e-12) * sqrt(C) * gamma, with |x| the Euclidean norm over channels; in fp32 inside."""
-
-    def __init__(self, dim: int, position_dims: int = 3) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim, *[1] * position_dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, ...) -> the same shape and dtype."""
-        wide = accumulation_dtype(x.dtype)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide)  # (B, 1, ...)
-        scale = math.sqrt(x.shape[1]) / norm.clamp_min(1e-12)
-        return (x * scale * self.gamma.to(wide)).to(x.dtype)
-
-
-class ResidualBlock(nn.Module):
-    """Twice norm, SiLU, causal conv; plus the input, through a pointwise conv where the channels change."""
-
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__()
-        self.residual = CausalSequential(
-            ChannelNorm(dim_in),
-            nn.SiLU(),
-            CausalConv3d(dim_in, dim_out),
-            ChannelNorm(dim_out),
-            nn.SiLU(),
-            nn.Identity(),  # a dropout in the published model; holds place 5, so that the names agree
-            CausalConv3d(dim_out, dim_out),
-        )
-        self.shortcut = nn.Conv3d(dim_in, dim_out, 1) if dim_in != dim_out else nn.Identity()
-
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """x (B, dim_in, T, H, W) -> (B, dim_out, T, H, W)."""
-        return self.residual(x, history) + self.shortcut(x)
-
-
-class FrameAttention(nn.Module):
-    """Attention of one head among the positions of each frame, by itself; plus the input."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = ChannelNorm(dim, position_dims=2)
-        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
-
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """x (B, C, T, H, W) -> the same shape. Frames do not meet here, so the history is not used."""
-        frames = frames_to_batch(x)  # (B*T, C, H, W)
-        # Contiguous channels: without them the fused kernels of attention refuse, and the scores are stored.
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).contiguous()  # (B*T, H*W, 3C)
-        q, k, v = qkv.unsqueeze(2).chunk(3, dim=-1)  # (B*T, H*W, 1, C)
-        mixed = attention(q, k, v).transpose(1, 2).unflatten(2, frames.shape[2:])  # (B*T, C, H, W)
-        return x + batch_to_frames(self.proj(mixed), x.shape[0])
-
-
-class Downsample(nn.Module):
-    """Halves height and width, and with `temporal` the frame rate, where the first frame stays as it is."""
-
-    def __init__(self, dim: int, temporal: bool) -> None:
-        super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
-
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """x (B, C, T, H, W) -> (B, C, T', H/2, W/2).
-
-        With `temporal`, T' = (T + 1) / 2 for a chunk that starts the video (T odd), T / 2 for a later one.
-        """
-        y = batch_to_frames(self.resample(frames_to_batch(x)), x.shape[0])
-        return y if self.time_conv is None else self.halve_rate(self.time_conv, y, history)
-
-    def halve_rate(self, time_conv: nn.Module, y: Tensor, history: History | None) -> Tensor:
-        """The first frame, then one frame for each window of frames (0,1,2), (2,3,4), ... of the video."""
-        past = None if history is None else history.recall(self)
-        if history is not None:
-            history.remember(self, y, 1)
-        if past is not None:  # the last window's last frame is the next window's first
-            return time_conv(torch.cat([past, y], dim=2))
-        if y.shape[2] == 1:
-            return y
-        return torch.cat([y[:, :, :1], time_conv(y)], dim=2)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width and halves the channels; with `temporal`, doubles all frames but the first."""
-
-    def __init__(self, dim: int, temporal: bool) -> None:
-        super().__init__()
-        self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim // 2, 3, padding=1)
-        )
-        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
-
-    def forward(self, x: Tensor, history: History | None = None) -> Tensor:
-        """x (B, C, T, H, W) -> (B, C/2, T', 2H, 2W).
-
-        With `temporal`, T' = 2T - 1 for a chunk that starts the video, 2T for a later one.
-        """
-        if self.time_conv is not None:
-            x = self.double_rate(self.time_conv, x, history)
-        return batch_to_frames(self.resample(frames_to_batch(x)), x.shape[0])
-
-    def double_rate(self, time_conv: nn.Module, x: Tensor, history: History | None) -> Tensor:
-        """The first frame as it is, then two frames for each frame.
-
-        The convolution never sees the first frame: for it, the video begins with the second.
-        """
-        if history is not None and history.started:
-            return interleave_halves(time_conv(x, history))
-        if x.shape[2] == 1:
-            return x
-        later = interleave_halves(time_conv(x[:, :, 1:], history))
-        return torch.cat([x[:, :, :1], later], dim=2)
 
 
 class Encoder(nn.Module):
@@ -252,6 +152,23 @@ class Decoder(nn.Module):
             x = layer(x, history)
         return self.head(x, history)
 
+    def frame_steps(self, split: int | None = None) -> tuple[list[FrameStep], list[FrameStep]]:
+        """The decoder for one latent frame after another, in two parts: up to Upsample `split`, and the rest.
+
+        Latent frames (B, z_dim, h, w) enter the first; its outputs enter the second, whose outputs are frames
+        (B, 3, 8h, 8w). Without `split` everything is in the second. From Upsample 0 on all steps are local.
+        """
+        enter = FrameStep(lambda x, rings: (self.conv1.next_frame(x, rings),), pixels_beside(self.conv1))
+        norm, conv = norm_and_conv(self.head, 0)
+        leave = FrameStep(lambda x, rings: (norm_silu_conv(norm, conv, x, rings),), pixels_beside(conv))
+        layers = [*self.middle, *self.upsamples]
+        starts = [number for number, layer in enumerate(layers) if isinstance(layer, Upsample)]
+        cut = 0 if split is None else starts[split]
+        first, second = (
+            [step for layer in part for step in layer.frame_steps()] for part in (layers[:cut], layers[cut:])
+        )
+        return ([], [enter, *second, leave]) if split is None else ([enter, *first], [*second, leave])
+
 
 class VAE(nn.Module):
     """Encoder and decoder of video.
@@ -261,13 +178,18 @@ class VAE(nn.Module):
     to the parameters' dtype; outputs are fp32 (float64 where the inputs are). `chunked` goes through the
     video one latent frame at a time, so that working memory does not grow with its length; otherwise the
     whole video goes at once. Same numbers.
+
+    With `encoder=False` it only decodes and has none of the tensors whose names begin with one of
+    `ENCODER_PREFIXES`.
     """
 
-    def __init__(self, config: VAEConfig) -> None:
+    ENCODER_PREFIXES = ("encoder.", "conv1.")
+
+    def __init__(self, config: VAEConfig, *, encoder: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.encoder = Encoder(config) if encoder else None
+        self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1) if encoder else None
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
@@ -284,7 +206,12 @@ class VAE(nn.Module):
 
         Raises:
             ValueError: frames of a shape that the VAE cannot encode.
+            RuntimeError: this VAE was built without its encoder.
         """
+        if self.encoder is None or self.conv1 is None:
+            raise RuntimeError(
+                "this VAE was built with encoder=False, so it only decodes: build it with its encoder"
+            )
         self._check_frames(frames)
         x = frames.to(self.conv1.weight.dtype)
         if chunked:
@@ -308,7 +235,7 @@ class VAE(nn.Module):
         """
         if chunked:
             return torch.cat([*self.decode_chunks(latents, clamp=clamp)], dim=2)
-        frames = self.decoder(self._denormalise(latents)).to(accumulation_dtype(latents.dtype))
+        frames = self.decoder(self.denormalise(latents)).to(accumulation_dtype(latents.dtype))
         return frames.clamp(-1, 1) if clamp else frames
 
     def decode_chunks(self, latents: Tensor, *, clamp: bool = True) -> Iterator[Tensor]:
@@ -326,10 +253,14 @@ class VAE(nn.Module):
             frames = self.decoder(chunk, history).to(dtype)
             return frames.clamp(-1, 1) if clamp else frames
 
-        return run_in_chunks(decode_chunk, self._denormalise(latents).split(1, dim=2))
+        return run_in_chunks(decode_chunk, self.denormalise(latents).split(1, dim=2))
 
-    def _denormalise(self, latents: Tensor) -> Tensor:
-        """Latents -> the decoder's input (B, z_dim, T, h, w), in the parameters' dtype."""
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Latents -> the decoder's input (B, z_dim, T, h, w), in the parameters' dtype.
+
+        Raises:
+            ValueError: latents of a shape that the VAE cannot decode.
+        """
         z_dim = self.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z_dim or 0 in latents.shape:
             raise ValueError(
@@ -360,23 +291,3 @@ class VAE(nn.Module):
             raise ValueError(f"there are {count} frames, expected a multiple of {time} plus 1")
         if height % space or width % space:
             raise ValueError(f"frames are {height}x{width} (HxW), expected both to be multiples of {space}")
-
-
-def middle_blocks(dim: int) -> nn.ModuleList:
-    """What encoder and decoder both have at the lowest resolution: the only attention is here."""
-    return nn.ModuleList([ResidualBlock(dim, dim), FrameAttention(dim), ResidualBlock(dim, dim)])
-
-
-def interleave_halves(x: Tensor) -> Tensor:
-    """(B, 2C, T, H, W) -> (B, C, 2T, H, W): frame t becomes its first half of channels, then its second."""
-    return x.unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-
-
-def frames_to_batch(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B*T, C, H, W), for layers that know no time."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def batch_to_frames(x: Tensor, batch: int) -> Tensor:
-    """(B*T, C, H, W) -> (B, C, T, H, W)."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)

@@ -6,7 +6,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from runtime.checkpoint.names import to_canonical
+from runtime.layers.tiles import WHOLE, Rung
 from runtime.vae import VAE, VAEConfig
+from runtime.vae_tiles import decode_pieces
 
 CONFIG = VAEConfig(base_dim=8)
 
@@ -62,6 +64,22 @@ def test_decode_equals_diffusers(pair, shape, chunked):
 
     assert frames.shape == expected.shape == (batch, 3, 4 * length - 3, 8 * height, 8 * width)
     assert report("decode", frames, expected) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "rung", [WHOLE, Rung("2x3", 0, 2, 3), Rung("1x2", 1, 1, 2)], ids=lambda rung: rung.name
+)
+@torch.no_grad()
+def test_decode_by_frames_and_tiles_equals_diffusers(pair, rung):
+    ours, theirs = pair
+    latents = torch.randn(1, 16, 3, 5, 7, generator=torch.Generator().manual_seed(11))
+    mean, std = statistics(theirs)
+    expected = theirs.decode(latents * std + mean).sample
+
+    for piece in decode_pieces(ours, latents, rung):
+        count, height, width = piece.frames.shape[2:]
+        theirs_here = expected[:, :, piece.first :, piece.top :, piece.left :][..., :count, :height, :width]
+        assert report(f"decode, {piece[1:]}", piece.frames, theirs_here) <= 1e-4
 
 
 @pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "at once"])

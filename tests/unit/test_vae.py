@@ -91,6 +91,22 @@ def test_built_on_meta_and_loaded_by_assignment_it_is_whole(vae):
     assert torch.equal(loaded.encode(frames), vae.encode(frames))
 
 
+@torch.no_grad()
+def test_without_its_encoder_it_decodes_the_same(vae):
+    with torch.device("meta"):
+        loaded = VAE(CONFIG, encoder=False)
+    every, ours = vae.state_dict(), loaded.state_dict()
+    assert {name for name in every if name not in ours} == {
+        name for name in every if name.startswith(VAE.ENCODER_PREFIXES)
+    }
+    loaded.load_state_dict({name: every[name] for name in ours}, strict=True, assign=True)
+    assert sum(tensor.numel() for tensor in ours.values()) < 0.7 * sum(t.numel() for t in every.values())
+    latents = random_latents(2)
+    assert torch.equal(loaded.decode(latents), vae.decode(latents))
+    with pytest.raises(RuntimeError, match=r"encoder=False.*only decodes"):
+        loaded.encode(random_frames(5))
+
+
 # --- the two forms
 
 
