@@ -12,10 +12,15 @@ from entrypoint.events import Result
 from entrypoint.generate import Account, Where, save_video
 from entrypoint.latents import LATENTS_SUFFIX, SavedLatents, read_latents
 from entrypoint.progress import make_reporter
+from entrypoint.run_file import RUN_SUFFIX
 from runtime.device import confirm_device
 from runtime.errors import RequestError
+from runtime.memory.exhausted import is_out_of_memory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from runtime.layers.tiles import Rung
     from runtime.schema import ModelManifest
     from runtime.vae import VAE
     from runtime.video import Video
@@ -34,14 +39,14 @@ def decode(path: Path, where: Where, *, prefer_own_model: bool, fps: int | None,
     saved = read_latents(path)
     models = (saved.model, where.model) if prefer_own_model else (where.model, saved.model)
     where = replace(where, model=models[0] or models[1] or None)
-    target = output.choose(where.output, path.name.removesuffix(LATENTS_SUFFIX), where.overwrite)
+    stem = path.name.removesuffix(LATENTS_SUFFIX).removesuffix(RUN_SUFFIX)
+    target = output.choose(where.output, stem, where.overwrite)
     phases = {"load": 100, "decode": saved.latents.shape[1], "save": 1}
     with make_reporter(phases, as_json=as_json) as reporter:
         account = Account(reporter)
         if saved.step != saved.steps:
             reporter.warn(f"{path} holds step {saved.step} of {saved.steps}: the video will show noise.")
-        manifest, device, vae = _load(where, account)
-        frames = _frames(vae, saved, device, account)
+        manifest, frames = decode_alone(saved.latents, where, account)
         video = _video(frames, saved, manifest, fps)
         video_path, sheet = save_video(video, target.now(), account, contact_sheet=where.contact_sheet)
         result = Result(
@@ -60,39 +65,94 @@ def decode(path: Path, where: Where, *, prefer_own_model: bool, fps: int | None,
     reporter.result(result)
 
 
+def decode_alone(
+    latents: "Tensor", where: Where, account: Account, rung: str | None = None
+) -> "tuple[ModelManifest, np.ndarray]":
+    """The model of `where` and the frames, uint8 (F, H, W, 3), of `latents` (16, T, h, w).
+
+    The VAE's decoder alone is loaded; the other parts are not touched and need not be there. `rung`: the name
+    of that to decode on, else the fastest that fits. When memory runs out the next leaner one is taken.
+    """
+    manifest, device, vae = _load(where, account)
+    ladder = _ladder(vae, latents, device, where.vram, rung)
+    for number, one in enumerate(ladder, start=1):
+        try:
+            return manifest, _frames(vae, latents, device, one, account)
+        except Exception as error:
+            if number == len(ladder) or not is_out_of_memory(error):
+                raise
+        # Outside of the handler, whose traceback would keep alive what the attempt had allocated.
+        _give_back(device)
+        account.reporter.warn(
+            f"memory ran out in the decode; going on with smaller tiles ({one.name} failed)."
+        )
+    raise AssertionError("a ladder has a last rung")
+
+
 def _load(where: Where, account: Account) -> "tuple[ModelManifest, str, VAE]":
-    """The VAE of the model, at home; the other parts are not touched and need not be there."""
     profile, device, manifest, directory = where.choose()
 
     from runtime import loading
     from runtime.checkpoint import find_component, open_checkpoint
-    from runtime.pipeline import Stage
+    from runtime.memory import allocator
+    from runtime.stages import Stage
 
     begun = time.perf_counter()
     checkpoint = open_checkpoint(
         find_component(directory, manifest.subdirectories, manifest.files.vae), "vae"
     )
+    allocator.settle()
     confirm_device(device)
-    _, home = loading.home_devices(profile, device)
-    vae = loading.load_vae(checkpoint, manifest, home, loading.DTYPES[profile.vae.dtype])
+    dtype = loading.DTYPES[profile.vae.dtype]
+    vae = loading.load_vae(checkpoint, manifest, device, dtype, encoder=False)
     account.stage(Stage("load", 100, 100, time.perf_counter() - begun, checkpoint.nbytes))
     return manifest, device, vae
 
 
-def _frames(vae: "VAE", saved: SavedLatents, device: str, account: Account) -> np.ndarray:
-    """All frames, uint8 (F, H, W, 3), checked."""
-    from runtime.check import check_frames
-    from runtime.pipeline import Stage, decode
+def _ladder(
+    vae: "VAE", latents: "Tensor", device: str, ceiling: float | None, wanted: str | None
+) -> "list[Rung]":
+    """The rungs to try, the first one first; `ceiling` in GiB."""
+    from runtime.memory.costs import reserved
+    from runtime.memory.decode_costs import WHOLE, decode_bytes, decode_workspace, rungs
 
-    begun, steps, nbytes = time.perf_counter(), saved.latents.shape[1], 0
-    pieces = []
-    for piece in decode(vae, saved.latents[None], device):
-        pieces.append(piece)
-        nbytes += piece.nbytes
-        account.stage(Stage("decode", len(pieces), steps, time.perf_counter() - begun, nbytes))
-    frames = np.concatenate(pieces)
-    check_frames(frames)
-    return frames
+    _, length, height, width = latents.shape
+    sizes = height * 8, width * 8, (length - 1) * 4 + 1
+    ladder = list(rungs(*sizes[:2]))
+    names = [rung.name for rung in ladder]
+    if wanted in names:
+        return ladder[names.index(wanted) :]
+    if device == "cpu":
+        return [WHOLE]
+    import torch
+
+    room = torch.cuda.mem_get_info(device)[0]
+    room = room if ceiling is None else min(room, int(ceiling * 2**30))
+    itemsize = next(vae.parameters()).element_size()
+    lives = [decode_bytes(rung, *sizes, vae.config.base_dim, itemsize) for rung in ladder]
+    needs = [live + decode_workspace(live) for live in lives]
+    fitting = (number for number, need in enumerate(needs) if need + reserved(need) <= room)
+    first = next(fitting, len(ladder) - 1)
+    return ladder[first:]
+
+
+def _give_back(device: str) -> None:
+    from runtime.memory.visit import give_back
+
+    give_back(device)
+
+
+def _frames(vae: "VAE", latents: "Tensor", device: str, rung: "Rung", account: Account) -> np.ndarray:
+    """All frames, uint8 (F, H, W, 3), checked."""
+    from runtime.frames import Decoding
+    from runtime.stages import Stage
+
+    begun = time.perf_counter()
+    decoding = Decoding(vae, latents[None].to(device), rung)
+    for piece in decoding:
+        seconds = time.perf_counter() - begun
+        account.stage(Stage("decode", piece, decoding.pieces, seconds, decoding.nbytes))
+    return decoding.frames
 
 
 def _video(frames: np.ndarray, saved: SavedLatents, manifest: "ModelManifest", fps: int | None) -> "Video":

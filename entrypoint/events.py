@@ -3,11 +3,14 @@
 With `--json`, stdout carries one JSON object a line, flushed as it is written, and stderr nothing but
 warnings and errors. Every object has "event"; a reader must ignore events and keys that it does not know.
 
+    {"event": "run",     "run_file": str}             where the run is kept until its video is there; once
+                                                      more if the place changes
     {"event": "stage",   "phase": "load"|"text"|"denoise"|"decode"|"save",
                          "step": int, "steps": int,   pieces of the phase done, and in all (load: percent)
                          "seconds": float,            since the phase began
                          "eta": float|null,           seconds until it ends, at its pace so far
                          "bytes": int}                weights read (load), or made: latents, frames, mp4
+    {"event": "plan", ...}                            where everything will lie, as `t2v plan --json` has it
     {"event": "warning", "message": str}
     {"event": "result",  "path": str,                 the video, as an absolute path
                          "latents": str, "contact_sheet": str,      only if they were written
@@ -20,9 +23,11 @@ warnings and errors. Every object has "event"; a reader must ignore events and k
     {"event": "error",   "code": int,                 the exit code
                          "kind": str,                 RequestError, WeightsError, ... UsageError, Interrupted
                          "message": str,
-                         "latents": str}              only if the run failed late and they were kept
+                         "run_file": str,             only if the run can go on: `t2v resume RUN_FILE`
+                         "latents": str}              only if it failed late: a file that `t2v decode` reads
 
-A run ends with exactly one "result" or "error", which is its last line.
+A run ends with exactly one "result" or "error", which is its last line; `t2v resume DIRECTORY` is several
+runs. A "stage" of denoise is told when its step is on the disk.
 """
 
 import json
@@ -35,6 +40,7 @@ from typing import TYPE_CHECKING, Any, Self
 import click
 
 if TYPE_CHECKING:
+    from runtime.memory.plan import Plan
     from runtime.pipeline import Stage
 
 
@@ -94,6 +100,12 @@ class Reporter:
     def start(self, summary: str) -> None:
         """The run begins; `summary` says in a line what will be made, for people."""
 
+    def run_file(self, path: Path) -> None:
+        """The run is kept in `path` from now on."""
+
+    def plan(self, plan: "Plan") -> None:
+        """Where everything will lie, before it is loaded."""
+
     def stage(self, stage: "Stage") -> None:
         """A piece of work is done."""
 
@@ -106,6 +118,12 @@ class Reporter:
 
 class JsonReporter(Reporter):
     """Events on stdout, as the head of this file describes them; warnings for people on stderr too."""
+
+    def plan(self, plan: "Plan") -> None:
+        emit("plan", **plan.as_dict())
+
+    def run_file(self, path: Path) -> None:
+        emit("run", run_file=str(path.absolute()))
 
     def stage(self, stage: "Stage") -> None:
         emit(

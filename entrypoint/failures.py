@@ -1,7 +1,10 @@
 """From whatever was raised to one sentence on stderr and an exit code; a traceback only with --debug."""
 
+import contextlib
+import os
 import re
 import shlex
+import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,21 +14,25 @@ from click.core import ParameterSource
 
 from entrypoint.events import emit, tell
 from runtime.errors import DeviceError, FourstepError, OutOfMemoryError, OutputError
+from runtime.memory.exhausted import is_out_of_memory
 
 INTERRUPTED = 130
 INTERNAL = 1
-OUT_OF_MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 DEVICE_SIGNS = ("cuda error", "cuda driver", "cublas", "cudnn", "nccl", "nvrtc")
 
 
 class RunFailedError(Exception):
-    """A run that failed, for the reason in `__cause__`, after its latents were worth keeping."""
+    """A run that failed, for the reason in `__cause__`, and that can go on from its run file.
 
-    def __init__(self, latents: Path, step: int, steps: int) -> None:
-        super().__init__(f"latents of step {step} of {steps} kept in {latents}")
-        self.latents = latents
+    `step` of `steps` denoise steps are in it; `latents`: whether they are worth a decode by themselves.
+    """
+
+    def __init__(self, run_file: Path, step: int, steps: int, latents: bool) -> None:
+        super().__init__(f"the run after step {step} of {steps} is kept in {run_file}")
+        self.run_file = run_file
         self.step = step
         self.steps = steps
+        self.latents = latents
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,23 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
         tell(failure.message, "error", "red")
     fields = {}
     if kept is not None:
-        fields["latents"] = str(kept.latents.absolute())
-        tell(_about_latents(kept))
+        fields["run_file"] = str(kept.run_file.absolute())
+        if kept.latents:
+            fields["latents"] = fields["run_file"]
+        tell(_how_to_go_on(kept))
     if as_json:
         emit("error", code=failure.code, kind=failure.kind, message=failure.message, **fields)
     return failure.code
+
+
+def leave_at_once(code: int) -> None:
+    """End a process that has used the GPU without its teardown, which waits for every kernel in the queue."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a reader that has left
+                stream.flush()
+        os._exit(code)
 
 
 def understand(error: BaseException) -> Failure:
@@ -65,7 +84,7 @@ def understand(error: BaseException) -> Failure:
         return Failure(INTERRUPTED, "Interrupted", "interrupted; nothing half-written is left.")
     if isinstance(error, click.ClickException):
         return Failure(error.exit_code, "UsageError", _usage_sentence(error))
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return Failure(OutOfMemoryError.exit_code, "OutOfMemoryError", _memory_sentence(error))
     if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in DEVICE_SIGNS):
         return Failure(
@@ -100,13 +119,6 @@ def _usage_sentence(error: click.ClickException) -> str:
     return f"{message} Try '{error.ctx.command_path} --help'."
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # By name and text: torch may not be imported, and its allocators raise plain RuntimeErrors too.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in OUT_OF_MEMORY_SIGNS)
-
-
 def _memory_sentence(error: BaseException) -> str:
     where = "The GPU" if "cuda" in str(error).lower() else "The machine"
     asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
@@ -117,10 +129,12 @@ def _memory_sentence(error: BaseException) -> str:
     )
 
 
-def _about_latents(kept: RunFailedError) -> str:
-    done = "" if kept.step == kept.steps else f", of step {kept.step} of {kept.steps},"
-    command = f"t2v decode {shlex.quote(str(kept.latents))}"
-    return f"the latents{done} are kept; to make the video from them: {command}"
+def _how_to_go_on(kept: RunFailedError) -> str:
+    command = f"t2v resume {shlex.quote(str(kept.run_file))}"
+    if kept.step == kept.steps:
+        return f"the latents are kept; to make the video from them: {command}"
+    done = f" after step {kept.step} of {kept.steps}" if kept.step else ""
+    return f"the run is kept{done}; to go on with it: {command}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,31 +4,37 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from entrypoint import output
+from entrypoint import failures, output, surroundings
 from entrypoint.events import Peak, Reporter, Result
-from entrypoint.failures import RunFailedError
-from entrypoint.latents import keep_latents
+from entrypoint.interrupt import leaving_in_time
+from entrypoint.latents import keep_latents, latents_metadata
 from entrypoint.progress import make_reporter
+from entrypoint.run_file import RUN_SUFFIX, Job, RunFile
 from entrypoint.table import count
+from entrypoint.text_file import GivenText
 from runtime.device import select_device
 from runtime.errors import OutputCheckError, OutputError
+from runtime.memory.exhausted import is_out_of_memory
 from runtime.memory.meter import host_peak
 from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile, manifest_of
 from runtime.request import CheckedRequest, Request, check
 from runtime.schema import ModelManifest, Profile
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from runtime.pipeline import Pipeline, Stage
+    from runtime.resume import ResumePoint
     from runtime.tokenizer import Tokens
     from runtime.video import Video
 
 UNKNOWN_SHOWN = 5  # words of a prompt that the vocabulary lacks; more would bury the sentence
+
+
+Chosen = tuple[Profile, str, ModelManifest, Path]
+"""Profile, device, model and the directory of its files."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class Where:
     contact_sheet: bool
     profile_changes: Mapping[str, Any] = field(default_factory=dict)  # by a --config: dotted field -> value
     notes: tuple[str, ...] = ()  # on the --config, told before the run
+    cache: Path | None = None  # of text states
+    text_states: Path | None = None  # where they come from, or go to
+    vram: float | None = None  # GiB, at most
+    ram: float | None = None  # GiB, at most
 
     def machine(self) -> tuple[Profile, str]:
         """Profile and device; RequestError, DeviceError."""
@@ -54,7 +64,7 @@ class Where:
             profile = changed_profile(profile, self.profile_changes)
         return profile, device
 
-    def choose(self) -> tuple[Profile, str, ModelManifest, Path]:
+    def choose(self) -> Chosen:
         """Profile, device, model and the directory of its files; RequestError, DeviceError, WeightsError."""
         profile, device = self.machine()
         manifest, directory = find_model(self.model or DEFAULT_MODEL, profile, self.weights)
@@ -95,42 +105,46 @@ def _vram_peak(*, forget: bool) -> int | None:
 
 
 @dataclass
-class Keeper:
-    """The last latents of a run, and where they go if they are asked for or if what follows them fails."""
+class Kept:
+    """Whether a run that fails shall leave its run file behind."""
 
-    path: Path
-    metadata: dict[str, str]
-    latents: "Tensor | None" = None
-    step: int = 0
-    steps: int = 0
-    kept: Path | None = None
+    worth: bool = False
 
-    def take(self, stage: "Stage") -> None:
-        """Remember the latents of a denoise step."""
-        if stage.latents is not None:
-            self.latents, self.step, self.steps = stage.latents, stage.step, stage.steps
 
-    @property
-    def finished(self) -> bool:
-        """Whether all denoise steps are done."""
-        return self.latents is not None and self.step == self.steps
+@contextmanager
+def rescuing(run: RunFile, *, as_json: bool) -> Iterator[Kept]:
+    """Whatever ends the block, the run can go on: raises RunFailedError from it, which names the run file.
 
-    def keep(self) -> Path | None:
-        """Save them, once; None if there are none, or no place for them."""
-        if self.latents is not None and self.kept is None:
-            metadata = self.metadata | {"step": str(self.step), "steps": str(self.steps)}
-            self.kept = keep_latents(self.latents, self.path, metadata)
-        return self.kept
+    A run that fails before it was `worth` keeping leaves none, unless it was interrupted or out of memory.
+    """
 
-    @contextmanager
-    def rescuing(self) -> Iterator[None]:
-        """Keep the latents if the block fails when they are finished, or if its output failed its check."""
-        try:
-            yield
-        except Exception as error:
-            if (self.finished or isinstance(error, OutputCheckError)) and (kept := self.keep()):
-                raise RunFailedError(kept, self.step, self.steps) from error
+    def failed(run_file: Path, error: BaseException) -> failures.RunFailedError:
+        steps = run.job.steps
+        latents = run.step == steps or (run.step > 0 and isinstance(error, OutputCheckError))
+        return failures.RunFailedError(run_file, run.step, steps, latents)
+
+    def last_words() -> int:
+        interrupt: BaseException = KeyboardInterrupt()
+        if run.path is not None:
+            told = failed(run.path, interrupt)
+            told.__cause__ = interrupt
+            interrupt = told
+        run.reporter.__exit__(None, None, None)  # a live display hides the cursor
+        return failures.report(interrupt, as_json=as_json, debug=False)
+
+    kept = Kept()
+    try:
+        with leaving_in_time(last_words):
+            yield kept
+    except (Exception, KeyboardInterrupt) as error:
+        if not kept.worth and isinstance(error, Exception) and not is_out_of_memory(error):
+            run.remove()
             raise
+        path = run.rescue()
+        run.release()
+        if path is None:
+            raise
+        raise failed(path, error) from error
 
 
 def generate(
@@ -140,7 +154,9 @@ def generate(
 
     `stem` names the video where no file is asked for; None: its prompt and seed.
     """
-    checked, summary = _check(request, where)
+    given = GivenText.of(where.text_states)
+    request = given.prompted(request)
+    checked, chosen, summary = _check(request, where)
     stem = stem or f"{output.slug(checked.prompt)}-{checked.seed}"
     target = output.choose(where.output, stem, where.overwrite)
     phases = {"load": 100, "text": 1, "denoise": checked.steps, "decode": checked.latent_shape[1], "save": 1}
@@ -150,27 +166,37 @@ def generate(
         reporter.warn(note)
     with reporter:
         account = Account(reporter)
-        pipe = _load(where, account)
-        keeper = Keeper(target.latents, _describe(checked, where, pipe))
-        with keeper.rescuing():
-            video = _run(pipe, request, keeper, account, save_latents=save_latents)
-            target = target.now()
-            saved, sheet = save_video(video, target, account, contact_sheet=where.contact_sheet)
-        result = Result(
-            path=saved,
-            model=pipe.manifest.name,
-            seed=checked.seed,
-            width=checked.width,
-            height=checked.height,
-            frames=checked.frames,
-            fps=checked.fps,
-            seconds=account.seconds,
-            timings=account.timings,
-            peak_memory=account.peaks,
-            latents=keeper.kept,
-            contact_sheet=sheet,
-        )
+        run = RunFile(_job(checked, chosen, where, target, given, save_latents=save_latents), reporter)
+        run.begin(target.path.with_suffix(RUN_SUFFIX))
+        with rescuing(run, as_json=as_json) as kept:
+            with load(where, request, given.point(), account) as pipe:
+                kept.worth = True
+                video, latents = run_stages(pipe, request, run, account, given.point(), target, given)
+            result = save_result(video, target.now(), account, run.job, latents)
+        run.remove()
     reporter.result(result)
+
+
+def save_result(
+    video: "Video", target: output.Target, account: Account, job: Job, latents: Path | None
+) -> Result:
+    """Write the files of a finished run, and say what there is."""
+    path, sheet = save_video(video, target, account, contact_sheet=job.contact_sheet)
+    frames, height, width, _ = video.frames.shape
+    return Result(
+        path=path,
+        model=job.record["model"],
+        seed=job.record["seed"],
+        width=width,
+        height=height,
+        frames=frames,
+        fps=video.fps,
+        seconds=account.seconds,
+        timings=account.timings,
+        peak_memory=account.peaks,
+        latents=latents,
+        contact_sheet=sheet,
+    )
 
 
 def save_video(
@@ -197,70 +223,131 @@ def _save_sheet(video: "Video", path: Path, reporter: Reporter) -> Path | None:
         return None
 
 
-def _check(request: Request, where: Where) -> tuple[CheckedRequest, str]:
-    """Refuse what can be refused without torch and weights; else the request, and in a line what it makes."""
+def _check(request: Request, where: Where) -> tuple[CheckedRequest, Chosen, str]:
+    """Refuse what can be refused without torch and weights; else what runs, and in a line what it makes."""
     profile, device = where.machine()
     model = where.model or DEFAULT_MODEL
     checked = check(request, manifest_of(model, profile), device)  # a wrong size before missing weights
-    manifest, _ = find_model(model, profile, where.weights)
+    surroundings.check(surroundings.need_of(where, device, manifest_of(model, profile)))
+    manifest, directory = find_model(model, profile, where.weights)
     size = f"{checked.width}x{checked.height}, {count(checked.frames, 'frame')}, seed {checked.seed}"
-    return checked, f"{size}; model {manifest.name} on {device} with profile {profile.name}"
+    summary = f"{size}; model {manifest.name} on {device} with profile {profile.name}"
+    return checked, (profile, device, manifest, directory), summary
 
 
-def _load(where: Where, account: Account) -> "Pipeline":
+def _job(
+    checked: CheckedRequest,
+    chosen: Chosen,
+    where: Where,
+    target: output.Target,
+    given: GivenText,
+    *,
+    save_latents: bool,
+) -> Job:
+    """All that another process would need; WeightsError for files that are missing or wrong."""
+    from runtime.loading import open_files
+    from runtime.provenance import fingerprints, versions
+
+    profile, device, manifest, directory = chosen
+    files = open_files(manifest, directory)
+    given.check_encoder(list(files.text_encoder.files))
+    record = asdict(checked) | {
+        "model": manifest.name,
+        "quantization": manifest.quantization,
+        "profile": profile.name,
+        "device": device,
+        "dtype": profile.dtype,
+        "vae_dtype": profile.vae.dtype,
+        "files": fingerprints(files.paths),
+        "versions": versions(),
+    }
+    named = manifest.family != DIRECTORY_MODEL
+    own_profile = Path(where.profile).expanduser()
+    return Job(
+        model=manifest.name if named else str(Path(where.model or DEFAULT_MODEL).expanduser().absolute()),
+        weights=None if where.weights is None else str(where.weights.expanduser().absolute()),
+        profile=str(own_profile.absolute()) if own_profile.is_file() else where.profile,
+        device=where.device,
+        cache=None if where.cache is None else str(where.cache),
+        vram=where.vram,
+        ram=where.ram,
+        profile_changes=dict(where.profile_changes),
+        output=str(target.path.absolute()),
+        beside=True,
+        overwrite=target.overwrite,
+        contact_sheet=where.contact_sheet,
+        save_latents=save_latents,
+        record=record,
+    )
+
+
+def load(where: Where, request: Request, start: "ResumePoint | None", account: Account) -> "Pipeline":
+    """The pipeline of `where`, planned for `request` from `start`.
+
+    Raises RequestError, WeightsError, DeviceError and PlanError.
+    """
     from runtime.pipeline import Pipeline
 
+    options: dict[str, Any] = {
+        "cache": where.cache,
+        "vram": where.vram,
+        "ram": where.ram,
+        "request": request,
+        "text_known": start is not None,
+        "on_plan": account.reporter.plan,
+        "on_stage": account.stage,
+    }
+    model = where.model or DEFAULT_MODEL
     if where.profile_changes:
         from runtime.lightx2v.pipeline import load_pipeline
 
         profile, device = where.machine()
-        model, wanted = where.model or DEFAULT_MODEL, where.profile_changes.get("quantization")
-        return load_pipeline(model, where.weights, profile, device, wanted, account.stage)
-    return Pipeline.load(
-        where.weights,
-        model=where.model or DEFAULT_MODEL,
-        profile=where.profile,
-        device=where.device,
-        on_stage=account.stage,
-    )
+        wanted = where.profile_changes.get("quantization")
+        return load_pipeline(model, where.weights, profile, device, wanted, **options)
+    return Pipeline.load(where.weights, model=model, profile=where.profile, device=where.device, **options)
 
 
-def _run(
-    pipe: "Pipeline", request: Request, keeper: Keeper, account: Account, *, save_latents: bool
-) -> "Video":
-    for stage in pipe.stages(request):
+def run_stages(
+    pipe: "Pipeline",
+    request: Request,
+    run: RunFile,
+    account: Account,
+    start: "ResumePoint | None",
+    target: output.Target,
+    given: GivenText | None = None,
+) -> "tuple[Video, Path | None]":
+    """Run `request` from `start`, each point on the disk before the next; returns video and latents."""
+    latents, checked, tokens = None, check(request, pipe.manifest, pipe.device), None
+    for stage in pipe.stages(request, start):
         if stage.video is not None:
-            return stage.video
-        if stage.tokens is not None:
-            _warn_about_prompt(stage.tokens, account.reporter)
-        keeper.take(stage)
-        if save_latents and stage.phase == "denoise" and keeper.finished:
-            _save_asked(keeper, account.reporter)
+            return stage.video, latents
+        for note in stage.notes:
+            account.reporter.warn(note)
+        if stage.tokens is not None and stage.point is not None:
+            tokens = stage.tokens
+            _warn_about_prompt(tokens, account.reporter)
+            if given is not None:
+                given.exchange(pipe, tokens, stage.point, checked.prompt)
+        if stage.point is not None and tokens is not None:
+            run.know(pipe.record(checked, tokens))
+            run.take(stage.point)
+        if run.job.save_latents and stage.phase == "denoise" and stage.step == stage.steps:
+            latents = _save_asked(run, target.latents, account.reporter)
         account.stage(stage)
     raise AssertionError("the pipeline ended without a video")
 
 
-def _save_asked(keeper: Keeper, reporter: Reporter) -> None:
+def _save_asked(run: RunFile, path: Path, reporter: Reporter) -> Path | None:
     """--save-latents: at once, so that whatever happens to the decode they are there."""
-    kept = keeper.keep()
+    assert run.point is not None and run.point.latents is not None
+    kept = keep_latents(
+        run.point.latents, path, latents_metadata(run.job.record, run.job.model, run.point.step)
+    )
     if kept is None:
-        reporter.warn(
-            f"the latents could not be saved, neither as {keeper.path} nor in the temporary directory."
-        )
-    elif kept != keeper.path:
-        reporter.warn(f"{keeper.path} could not be written, so the latents are in {kept}.")
-
-
-def _describe(checked: CheckedRequest, where: Where, pipe: "Pipeline") -> dict[str, str]:
-    """Metadata for the latents: with it, `t2v decode` needs no options."""
-    directory = where.model if pipe.manifest.family == DIRECTORY_MODEL else None
-    return {
-        "prompt": checked.prompt,
-        "seed": str(checked.seed),
-        "fps": str(checked.fps),
-        "sampler": checked.sampler,
-        "model": pipe.manifest.name if directory is None else str(Path(directory).expanduser().absolute()),
-    }
+        reporter.warn(f"the latents could not be saved, neither as {path} nor in the temporary directory.")
+    elif kept != path:
+        reporter.warn(f"{path} could not be written, so the latents are in {kept}.")
+    return kept
 
 
 def _warn_about_prompt(tokens: "Tokens", reporter: Reporter) -> None:

@@ -1,15 +1,17 @@
 """Latents on disk: the one thing that took long, as a safetensors file that `t2v decode` reads.
 
 Tensor "latents", fp32 (16, T, h, w). Metadata, all strings: "format" ("t2v-latents"), "prompt", "seed",
-"model", "fps", "sampler", "step" and "steps" (equal when the denoising was finished).
+"model", "fps", "sampler", "step" and "steps" (equal when the denoising was finished). A run file
+(`entrypoint.run_file`) has all of these too.
 """
 
 import contextlib
-import os
+import shlex
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RequestError
 
@@ -35,18 +37,23 @@ class SavedLatents:
     metadata: dict[str, str]
 
 
+def latents_metadata(record: Mapping[str, Any], model: str, step: int) -> dict[str, str]:
+    """What latents after `step` say of themselves; `record` has the fields of the request."""
+    told = {name: str(record[name]) for name in ("prompt", "seed", "fps", "sampler", "steps")}
+    told |= {"model": model, "step": str(step)}
+    # Half a surrogate pair, which a prompt from JSON may have, and some file names, have no UTF-8.
+    return {name: text.encode("utf-8", "backslashreplace").decode() for name, text in told.items()}
+
+
 def save_latents(latents: "Tensor", path: Path, metadata: dict[str, str]) -> Path:
     """Write `latents` (16, T, h, w) beside `path` and rename when whole; OSError if that cannot be done."""
     from safetensors.torch import save  # torch: only once there are latents
 
+    from runtime import whole_file
+
     content = save({"latents": latents.float().cpu().contiguous()}, {"format": FORMAT, **metadata})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file.whole_file(path) as file:
+        file.write(content)
     return path
 
 
@@ -60,16 +67,14 @@ def keep_latents(latents: "Tensor", path: Path, metadata: dict[str, str]) -> Pat
 
 
 def read_latents(path: Path) -> SavedLatents:
-    """Read a file of `save_latents`; RequestError if it is something else."""
+    """Read a file of `save_latents`, or the latents of a run file; RequestError if it is something else."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if "latents" not in file.keys():  # noqa: SIM118 - not a mapping
-                raise RequestError(
-                    f'{path} holds no tensor "latents"; expected a file that --save-latents wrote.'
-                )
+                raise RequestError(_no_latents(path, metadata))
             latents = file.get_tensor("latents")
     except (SafetensorError, OSError) as error:
         raise RequestError(
@@ -95,6 +100,13 @@ def read_latents(path: Path) -> SavedLatents:
         steps=_number(metadata.get("steps")),
         metadata=metadata,
     )
+
+
+def _no_latents(path: Path, metadata: dict[str, str]) -> str:
+    if metadata.get("format") == "t2v-run":
+        command = f"t2v resume {shlex.quote(str(path))}"
+        return f"The run of {path} has no latents yet; it ended before its first denoise step: {command}"
+    return f'{path} holds no tensor "latents"; expected a file that --save-latents wrote.'
 
 
 def _number(text: str | None) -> int | None:

@@ -1,5 +1,6 @@
 """The options of all verbs, in sections, so that --help reads like a page and not like a heap."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,21 +117,66 @@ request_options = together(
 )
 
 
-def model_options(default: str = DEFAULT_MODEL) -> Decorator:
-    """Which model runs and where; `default` says in words which one if none is named."""
+def model_options(default: str = DEFAULT_MODEL, others: str | None = None) -> Decorator:
+    """Which model runs and where; `default` says in words which one if none is named, `others` the rest."""
     return together(
         option(
             *(MODEL, "--model", "NAME|DIR", "A name of `t2v models`, or a directory of weights."),
             default_text=default,
         ),
-        option(MODEL, "--weights", "DIR", "Where its files are.", type=PATH, default_text="/weights"),
+        option(
+            MODEL, "--weights", "DIR", "Where its files are.", type=PATH, default_text=others or "/weights"
+        ),
         option(
             *(MODEL, "--profile", "NAME|FILE", "A name of `t2v profiles`, or a YAML file of your own."),
             default="auto",
+            default_text=others,
         ),
-        option(MODEL, "--device", "auto|cuda:N|cpu", "Where to compute.", default="auto"),
+        option(
+            *(MODEL, "--device", "auto|cuda:N|cpu", "Where to compute."), default="auto", default_text=others
+        ),
     )
 
+
+class _Gigabytes(click.ParamType):
+    """A finite number above 0."""
+
+    name = "gigabytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; a usage error for text, 0, less, nan and inf."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            self.fail(f"{value!r} is not a number above 0, like 7.5.", param, ctx)
+        return number
+
+
+memory_options = together(
+    option(
+        *(MODEL, "--vram", "GB", "Use at most so much memory of the GPU (GB of 2^30 bytes)."),
+        type=_Gigabytes(),
+        default_text="what is free, up to the profile's",
+    ),
+    option(
+        *(MODEL, "--ram", "GB", "Use at most so much memory of the machine (GB of 2^30 bytes)."),
+        type=_Gigabytes(),
+        default_text="what is free",
+    ),
+)
+"""Ceilings for the plan; as `vram` and `ram`, float or None."""
+
+cache_option = option(
+    *(MODEL, "--cache", "DIR|none", "Where text states are kept for the next run."),
+    default_text="/cache, or fourstep in the user's cache",
+)
+
+text_states_option = option(
+    *(SHOW, "--text-states", "FILE", "Take the prompt's states from FILE, or write them there if it is new."),
+    type=PATH,
+)
 
 output_options = together(
     option(

@@ -10,6 +10,7 @@ from entrypoint.events import JsonReporter, Reporter, Result, tell, tell_warning
 from entrypoint.table import aligned, count, duration, size
 
 if TYPE_CHECKING:
+    from runtime.memory.plan import Plan
     from runtime.pipeline import Stage
 
 TITLES = {
@@ -34,6 +35,11 @@ class HumanReporter(Reporter):
 
     def start(self, summary: str) -> None:
         tell(summary)
+
+    def plan(self, plan: "Plan") -> None:
+        vram = f"{size(plan.vram)} of GPU memory and " if plan.vram else ""
+        expected = f"expected: {vram}{size(plan.ram)} of RAM, {duration(plan.total_seconds)}"
+        tell(f"plan: {plan.reason} ({expected})")
 
     def warn(self, message: str) -> None:
         tell_warning(message)

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from entrypoint.cache import choose_cache
 from entrypoint.options import (
     SectionedCommand,
+    cache_option,
     latents_option,
+    memory_options,
     model_options,
     output_options,
     talk_options,
@@ -58,6 +61,8 @@ class Chosen:
 @click.command(cls=SectionedCommand)
 @click.argument("video", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @model_options(default="that of the video")
+@memory_options
+@cache_option
 @output_options
 @latents_option
 @talk_options
@@ -69,8 +74,8 @@ def rerun(ctx: click.Context, video: Path, **given: Any) -> None:
     """
     from entrypoint.generate import Where
 
-    names = ("model", "weights", "profile", "device", "output", "overwrite", "contact_sheet")
-    where = Where(**{name: given[name] for name in names})
+    names = ("model", "weights", "profile", "device", "vram", "ram", "output", "overwrite", "contact_sheet")
+    where = Where(**{name: given[name] for name in names}, cache=choose_cache(given["cache"]))
     # A model set for the whole machine is a default; the video knows which one made it.
     if ctx.get_parameter_source("model") == ParameterSource.ENVIRONMENT:
         where = replace(where, model=None)
@@ -108,9 +113,22 @@ def repeat(video: Path, where: "Where", open_choice: set[str], *, save_latents: 
 
 def read_record(video: Path) -> dict[str, Any]:
     """The record of `video`, every field of the right type and a plausible length; RequestError if not."""
-    from runtime.video import RECORD_FORMAT, read_metadata
+    from runtime.video import read_metadata
 
     record = read_metadata(video)
+    if "decoded_from" in record:
+        raise RequestError(
+            f"{video} was decoded from kept latents, and its record does not say how those were made; "
+            "run `t2v decode` on the latents again."
+        )
+    check_record(record, str(video))
+    return record
+
+
+def check_record(record: dict[str, Any], video: str) -> None:
+    """RequestError unless all that a record needs is there and of the right type; `video` names its file."""
+    from runtime.video import RECORD_FORMAT
+
     number = record.get("format", 1)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise _wrong(video, "format", number, "a number from 1")
@@ -119,20 +137,14 @@ def read_record(video: Path) -> dict[str, Any]:
             f"{video} has a record of format {_shown(number)}; this program reads up to {RECORD_FORMAT}: "
             "use the version that made the video, or a newer one."
         )
-    if "decoded_from" in record:
-        raise RequestError(
-            f"{video} was decoded from kept latents, and its record does not say how those were made; "
-            "run `t2v decode` on the latents again."
-        )
     absent = [name for name in ("prompt", *NUMBERS, *TEXTS) if name not in record]
     if absent:
         raise RequestError(f"{video} does not say its {absent[0]}; expected a video that this program made.")
     for name, value in record.items():
         _check_field(video, name, value)
-    return record
 
 
-def _check_field(video: Path, name: str, value: Any) -> None:
+def _check_field(video: str, name: str, value: Any) -> None:
     if name in NUMBERS:
         if type(value) is not int or abs(value) >= 2**64:  # bool is an int too
             raise _wrong(video, name, value, "a whole number")
@@ -156,7 +168,7 @@ def _is_table(value: object) -> bool:
     return all(isinstance(text, str) and len(text) <= MAX_TEXT for text in (*value, *value.values()))
 
 
-def _wrong(video: Path, name: str, value: object, expected: str) -> RequestError:
+def _wrong(video: str, name: str, value: object, expected: str) -> RequestError:
     return RequestError(
         f"The record of {video} has {name} {_shown(value)}; expected {expected}: "
         "it was not written by this program, or was changed."
@@ -254,20 +266,31 @@ def _recorded_profile(record: dict[str, Any], where: "Where") -> str | None:
 def warnings(record: dict[str, Any], chosen: Chosen) -> Iterator[str]:
     """A sentence for each kind of difference between the record and now; none means equal frames."""
     from runtime.loading import open_files
-    from runtime.provenance import fingerprints, versions
+    from runtime.provenance import fingerprints
+
+    yield from changed_settings(record, chosen)
+    if "files" not in record:
+        yield "the record does not say which files of weights were used; these may be others."
+        return
+    now = fingerprints(open_files(chosen.manifest, chosen.directory).paths)
+    if other := other_files(record["files"], now):
+        yield f"not the weights of then, so the video will differ: {named(other)}."
+
+
+def changed_settings(record: dict[str, Any], chosen: Chosen) -> Iterator[str]:
+    """A sentence, if versions, device or number formats are others than those of the record."""
+    from runtime.provenance import versions
 
     changed = [*_settings(record, chosen), *_versions(record.get("versions", {}), versions())]
     if changed:
         listed = ", ".join(f"{what} was {_plain(then)} and is {_plain(now)}" for what, then, now in changed)
         yield f"not as it was, so pixels may differ: {listed}."
-    if "files" not in record:
-        yield "the record does not say which files of weights were used; these may be others."
-        return
-    now = fingerprints(open_files(chosen.manifest, chosen.directory).paths)
-    if other := _other_files(record["files"], now):
-        more = f" and {len(other) - FILES_NAMED} more" if len(other) > FILES_NAMED else ""
-        named = ", ".join(map(_plain, other[:FILES_NAMED]))
-        yield f"not the weights of then, so the video will differ: {named}{more}."
+
+
+def named(files: list[str]) -> str:
+    """The first of some files, and how many more there are."""
+    more = f" and {len(files) - FILES_NAMED} more" if len(files) > FILES_NAMED else ""
+    return ", ".join(map(_plain, files[:FILES_NAMED])) + more
 
 
 def _settings(record: dict[str, Any], chosen: Chosen) -> Iterator[Difference]:
@@ -308,7 +331,7 @@ def _versions(then: dict[str, str], now: dict[str, str]) -> Iterator[Difference]
             yield name, then.get(name, "absent"), now.get(name, "absent")
 
 
-def _other_files(then: dict[str, str], now: dict[str, str]) -> list[str]:
+def other_files(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """The names whose contents differ, by digest: files that only have other names are the same."""
     if sorted(then.values()) == sorted(now.values()):
         return []

@@ -67,16 +67,20 @@ def denoise(
     sigmas: Sequence[float],
     sampler: str,
     generator: torch.Generator,
+    done: int = 0,
 ) -> Iterator[Tensor]:
-    """Yield the latents after each step, the last of them clean.
+    """Yield the latents after each step that is left, the last of them clean.
 
     `velocity_of(latents, t)` is the model's prediction; `noise` the start, fp32 (any shape), already drawn
-    from `generator`, which then supplies the fresh noise of `lcm`.
+    from `generator`, which then supplies the fresh noise of `lcm`. With `done` steps behind it, a run goes
+    on: `noise` is what the last of them yielded and `generator` in the state that it had then.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler is {sampler!r}; expected one of {', '.join(SAMPLERS)}")
+    if not 0 <= done < len(sigmas):
+        raise ValueError(f"done is {done}; expected 0 to {len(sigmas) - 1}")
     latents = noise
-    for sigma, sigma_next in pairwise(sigmas):
+    for sigma, sigma_next in pairwise(sigmas[done:]):
         velocity = velocity_of(latents, timestep(sigma)).to(latents)
         if sampler == "lcm" and sigma_next > 0:
             fresh = draw_noise(latents.shape, generator).to(latents.device)

@@ -2,14 +2,10 @@
 
 H.264 High in mp4, yuv420p, limited range, BT.709 (both the tags and the arithmetic: players assume 601 for
 small videos that do not say), index at the front. The file says how it was made: the prompt as its title, the
-whole record as JSON in its comment. It is written under a hidden name beside its own and renamed when it is
-whole and on the disk, so a name that exists is a video that plays.
+whole record as JSON in its comment. How it is encoded and gets its name: `runtime/video_writer.py`.
 """
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,20 +18,12 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from runtime.errors import OutputError, RequestError
+from runtime.video_writer import VideoWriter, check_output, output_errors, whole_output
 
 if TYPE_CHECKING:
     import torch
 
-CRF = 18
-"""x264's constant quality, visually lossless; its default, 23, blurs the fine grain of a generated video."""
-
-THREADS = 4
-X264 = "mbtree=0:lookahead-threads=1"
-"""The same frames give the same file. x264's output depends on the number of threads, so that is fixed; its
-macroblock tree gave other bytes in about one run of ten (with its SIMD code alone), so that is off."""
-
-BT709 = 1  # number of the matrix, primaries and transfer in the H.264 and mp4 standards
-LIMITED_RANGE = 1
+__all__ = ["Video", "check_output", "contact_sheet", "frames_to_uint8", "read_frames", "read_metadata"]
 
 RECORD_FORMAT = 1
 """Of the record in a video's comment (`Pipeline` writes it, `t2v rerun` reads it): one more for each change
@@ -43,9 +31,6 @@ that an older program would misread. A record without "format" is of the first."
 
 MAX_RECORD_CHARACTERS = 1 << 20
 """Of a record that is read: one is a few KiB, of which the prompt and the list of files are the most."""
-
-MIN_FREE = 8 << 20
-"""Bytes that must be free before a run: an 81-frame 480p video takes 1 to 5 MB."""
 
 SHEET_TILES, SHEET_TILE_WIDTH, SHEET_GAP, SHEET_GREY = 16, 320, 4, 64
 """Of a contact sheet: tiles at most, pixels at least, pixels between, and their level."""
@@ -66,16 +51,16 @@ class Video:
         if shape[1] % 2 or shape[2] % 2:
             raise RequestError(f"frames are {shape[1]}x{shape[2]}; expected even height and width.")
 
-    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+    def save(self, path: str | Path, overwrite: bool = False, writer: VideoWriter | None = None) -> Path:
         """Write an mp4 to `path`, creating directories on the way; returns where it is.
 
+        `writer` has begun with these frames, for a `path` in the same directory: it gets those that it lacks.
         Raises OutputError when the path cannot be used or the disk is full; then nothing is left behind.
         """
-        path = check_output(path, overwrite)
-        with _whole_file(path, overwrite) as part:
-            _encode(self, part)
-            _check_complete(part, len(self.frames))
-        return path
+        path, (_, height, width, _) = Path(path), self.frames.shape
+        with writer or VideoWriter(path, height, width, self.fps, overwrite) as writer, output_errors(path):
+            _encode(self, writer)
+            return writer.close(self.metadata, path)
 
 
 def frames_to_uint8(frames: "torch.Tensor | np.ndarray") -> np.ndarray:
@@ -92,128 +77,11 @@ def frames_to_uint8(frames: "torch.Tensor | np.ndarray") -> np.ndarray:
     return array
 
 
-# ------------------------------------------------------------------------------------------ output paths
-
-
-def check_output(path: str | Path, overwrite: bool = False, need: int = MIN_FREE) -> Path:
-    """Refuse an output path that will fail, before minutes are spent on its video; creates its directory.
-
-    Raises OutputError: not .mp4, a directory, there already, its directory not writable, less than `need`
-    bytes free. Returns the path with ~ expanded.
-    """
-    path = Path(path)
-    try:
-        path = path.expanduser()
-        if path.is_dir():
-            raise OutputError(
-                f"The output {path} is a directory; expected a file, like {path / 'video.mp4'}."
-            )
-        if path.suffix.lower() != ".mp4":
-            raise OutputError(f"The output {path} ends in {path.suffix!r}; expected .mp4.")
-        _refuse_existing(path, overwrite)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = _part(path)
-        probe.touch()
-        probe.unlink()
-        free = shutil.disk_usage(path.parent).free
-    except (OSError, RuntimeError) as error:  # RuntimeError: no such user for ~user
-        raise OutputError(_os_sentence(path, error)) from error
-    if free < need:
-        raise OutputError(
-            f"The disk of {path} has {free / 2**20:.1f} MiB free; expected at least {need / 2**20:.1f} MiB: "
-            "free some space, or name another disk with --output."
-        )
-    return path
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise OutputError(f"The output {path} exists; name another file, or pass --overwrite to replace it.")
-
-
-def _part(path: Path) -> Path:
-    """Where `path` grows: hidden, beside it (a rename must not cross disks), with its format's suffix."""
-    return path.with_name(f".{path.stem[:40]}.part-{os.getpid()}{path.suffix.lower()}")
-
-
-@contextmanager
-def _whole_file(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield the hidden name to write; then sync and rename it, or remove it whatever went wrong."""
-    part = _part(path)
-    try:
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        _refuse_existing(path, overwrite)  # another process may have been faster
-        part.replace(path)
-    except (OSError, av.FFmpegError) as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(_os_sentence(path, error)) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _os_sentence(path: Path, error: Exception) -> str:
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk of {path} is full; free some space, or name another disk with --output."
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        reason = os.strerror(number).lower()
-        return f"The output {path} cannot be written ({reason}); expected a writable directory: name another."
-    reason = getattr(error, "strerror", None) or str(error)
-    return f"The output {path} could not be written ({reason}); nothing was left there."
-
-
-# ---------------------------------------------------------------------------------------------- encoding
-
-
-def _encode(video: Video, part: Path) -> None:
-    """Write the whole mp4 to `part`."""
-    _, height, width, _ = video.frames.shape
-    with av.open(str(part), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        container.metadata["title"] = _title(video.metadata)
-        # Half a surrogate pair has no UTF-8; written with a backslash it is the same text to JSON.
-        comment = json.dumps(video.metadata, ensure_ascii=False, default=str)
-        container.metadata["comment"] = comment.encode("utf-8", "backslashreplace").decode()
-        options = {
-            "crf": str(CRF),
-            "preset": "medium",
-            "profile": "high",
-            "x264-params": X264,
-        }
-        stream = container.add_stream("libx264", rate=Fraction(video.fps), options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        context = stream.codec_context
-        context.thread_count = THREADS
-        context.gop_size = 2 * video.fps  # a key frame every two seconds, so that players can jump
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
-        for index, pixels in enumerate(video.frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                src_color_range=ColorRange.JPEG,
-                dst_color_range=ColorRange.MPEG,
-            )
-            frame.pts = index
-            frame.time_base = Fraction(1) / Fraction(video.fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _title(metadata: dict[str, Any]) -> str:
-    """The prompt on one line, without control characters, at most 200 characters."""
-    words = " ".join(str(metadata.get("prompt", "")).split())
-    return "".join(letter for letter in words if letter.isprintable())[:200]
-
-
-def _check_complete(part: Path, frames: int) -> None:
-    """Count what the file holds: a disk that fills up at the very end is not always reported by the muxer."""
-    with av.open(str(part)) as container:
-        packets = sum(1 for packet in container.demux(video=0) if packet.size)
-    if packets != frames:
-        raise OSError(errno.ENOSPC, f"{packets} of {frames} frames were written")
+def _encode(video: Video, writer: VideoWriter) -> None:
+    """Hand `writer` the frames that it lacks."""
+    if writer.fps != video.fps:
+        raise ValueError(f"a writer at {writer.fps} fps for a video at {video.fps}")
+    writer.add(video.frames[writer.count :])
 
 
 # ----------------------------------------------------------------------------------------------- reading
@@ -290,11 +158,9 @@ def contact_sheet(frames: np.ndarray, path: str | Path, columns: int | None = No
     for place, tile in enumerate(tiles):
         y, x = place // columns * step_y, place % columns * step_x
         sheet[y : y + height, x : x + width] = tile
-    try:
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(_os_sentence(path, error)) from error
-    with _whole_file(path, overwrite=True) as part:
+    with whole_output(path, overwrite=True) as part:
         part.write_bytes(_png(sheet))
     return path
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
-from entrypoint import output
+from entrypoint import cache, output
 from entrypoint.cli import cli
 from tests import tiny
 
@@ -31,9 +31,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, with no T2V_ setting and no /outputs volume."""
+    """An empty working directory, with no T2V_ setting, no volumes and an empty cache."""
     for name in [name for name in os.environ if name.startswith("T2V_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(cache, "CONTAINER_CACHE", tmp_path / "no-such-volume")
     place = tmp_path / "workplace"
     place.mkdir()
     monkeypatch.chdir(place)

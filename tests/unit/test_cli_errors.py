@@ -12,12 +12,13 @@ from click.testing import Result
 from safetensors.torch import load_file, save_file
 
 from entrypoint.latents import read_latents
+from runtime import frames
 from runtime.checkpoint.convert import Recipe, write_layout
 from runtime.errors import DeviceError, OutOfMemoryError, PlanError
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+from runtime.sampler import schedule
 from runtime.transformer import Transformer
-from runtime.vae import VAE
 from runtime.video import read_frames
 from tests.conftest import Run
 
@@ -196,8 +197,8 @@ def test_fp8_weights_in_the_place_of_bf16(small: Run, weights: Path) -> None:
 
 def latents_of(result: Result) -> Path:
     """Where the error says that the latents are."""
-    line = next(line for line in result.stderr.splitlines() if "are kept" in line)
-    return Path(line.split("t2v decode ")[1])
+    line = next(line for line in result.stderr.splitlines() if " kept" in line)
+    return Path(line.split("t2v resume ")[1])
 
 
 @pytest.fixture
@@ -209,30 +210,33 @@ def expected_latents(tiny_checkpoint: Path) -> list[torch.Tensor]:
 
 
 def spoil_step(monkeypatch: pytest.MonkeyPatch, spoiled: int, spoil: Any) -> None:
-    """Have the transformer's answer at step `spoiled` replaced by spoil(latents, timestep)."""
-    honest, calls = Transformer.forward, iter(range(1, 1000))
+    """Have the transformer's answer at step `spoiled` replaced by spoil(latents, sigma)."""
+    honest, calls = Transformer.velocity, iter(range(1, 1000))
 
-    def forward(self: Transformer, latents: Any, timestep: Any, text: Any) -> Any:
-        velocity = honest(self, latents, timestep, text)
-        return spoil(latents, timestep) if next(calls) == spoiled else velocity
+    def velocity(self: Transformer, latents: Any, condition: Any) -> Any:
+        answer = honest(self, latents, condition)
+        step = next(calls)
+        return spoil(latents, schedule()[step - 1]) if step == spoiled else answer
 
-    monkeypatch.setattr(Transformer, "forward", forward)
+    monkeypatch.setattr(Transformer, "velocity", velocity)
 
 
-def nan(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+def nan(latents: torch.Tensor, sigma: float) -> torch.Tensor:
     return torch.full_like(latents, torch.nan)
 
 
-def dead(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    return latents * 1000 / timestep  # so that x - sigma v is zero
+def dead(latents: torch.Tensor, sigma: float) -> torch.Tensor:
+    return latents / sigma  # so that x - sigma v is zero
 
 
 def test_latents_that_are_not_finite_at_once(
     small: Run, monkeypatch: pytest.MonkeyPatch, workplace: Path
 ) -> None:
     spoil_step(monkeypatch, 1, nan)
-    told(small(), 6, "not finite", "step 1 of 4")
-    assert not list(workplace.rglob("*.*"))
+    result = small("--output", "fox.mp4")
+    told(result, 6, "not finite", "step 1 of 4")
+    assert "the run is kept; to go on with it: t2v resume fox.run.safetensors" in result.stderr
+    assert [path.name for path in workplace.iterdir()] == ["fox.run.safetensors"]
 
 
 @pytest.mark.parametrize(("spoil", "step", "word"), [(nan, 3, "not finite"), (dead, 4, "flat")])
@@ -250,16 +254,16 @@ def test_the_last_good_latents_are_kept(
     kept = read_latents(latents_of(result))
     assert (kept.step, kept.steps) == (step - 1, 4)
     assert torch.equal(kept.latents, expected_latents[step - 2])
-    assert f"of step {step - 1} of 4" in result.stderr
+    assert f"after step {step - 1} of 4" in result.stderr
 
 
 def spoil_frames(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    honest = VAE.decode_chunks
+    honest = frames.decode_pieces
 
-    def chunks(self: VAE, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        return (torch.full_like(frames, value) for frames in honest(self, latents))
+    def pieces(*args: Any) -> Iterator[Any]:
+        return (piece._replace(frames=torch.full_like(piece.frames, value)) for piece in honest(*args))
 
-    monkeypatch.setattr(VAE, "decode_chunks", chunks)
+    monkeypatch.setattr(frames, "decode_pieces", pieces)
 
 
 @pytest.mark.parametrize(("value", "words"), [(float("nan"), ["not finite"]), (0.25, ["flat colour"])])
@@ -276,52 +280,55 @@ def test_broken_frames_keep_the_latents(
         spoil_frames(broken, value)
         result = small("--output", "my videos/fox.mp4")
         told(result, 6, *words)
-    path = Path("my videos/fox.latents.safetensors")
-    assert f"t2v decode '{path}'" in result.stderr  # as a shell needs it
+    path = Path("my videos/fox.run.safetensors")
+    assert f"t2v resume '{path}'" in result.stderr  # as a shell needs it
     kept = read_latents(path)
     assert torch.equal(kept.latents, expected_latents[-1]) and kept.step == kept.steps == 4
     assert not Path("my videos/fox.mp4").exists()
 
-    # What the message says to do, done: it names the model by itself.
+    # It names the model by itself, to the two verbs that make a video of it.
     decoded = t2v("decode", path, "--device", "cpu", "--output", "fox.mp4")
     assert decoded.exit_code == 0, decoded.output
+    assert t2v("resume", path).stdout == "my videos/fox.mp4\n"
     assert small("--output", "again.mp4").exit_code == 0
-    assert (read_frames("fox.mp4") == read_frames("again.mp4")).all()
+    for made in ("fox.mp4", "my videos/fox.mp4"):
+        assert (read_frames(made) == read_frames("again.mp4")).all()
 
 
 def test_json_tells_where_the_latents_are(small: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_frames(monkeypatch, 0.0)
     last = json.loads(small("--json", "--output", "fox.mp4").stdout.splitlines()[-1])
     assert last["event"] == "error" and last["code"] == 6 and last["kind"] == "OutputCheckError"
-    assert last["latents"] == str(Path("fox.latents.safetensors").absolute())
+    assert last["latents"] == last["run_file"] == str(Path("fox.run.safetensors").absolute())
     assert read_latents(Path(last["latents"])).seed == 42
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "reason"),
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."),
-            ["GPU", "2.00 GiB"],
+            "CUDA out of memory",
         ),
-        (RuntimeError("CUDA error: out of memory"), ["GPU"]),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), ["GPU"]),
+        (RuntimeError("CUDA error: out of memory"), "CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), "CUBLAS_STATUS_ALLOC"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
-            ["machine"],
+            "CPUAlloc",
         ),
-        (MemoryError(), ["machine"]),
+        (MemoryError(), "MemoryError"),
     ],
 )
-def test_out_of_memory(
-    small: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str]
+def test_out_of_memory_when_there_is_no_leaner_way(
+    small: Run, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    def forward(*_: object) -> None:
+    def velocity(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Transformer, "forward", forward)
-    line = told(small(), OutOfMemoryError.exit_code, "out of memory", "--frames", "--height")
-    assert all(word.lower() in line.lower() for word in words)
+    monkeypatch.setattr(Transformer, "velocity", velocity)
+    result = small("--output", "fox.mp4")
+    told(result, OutOfMemoryError.exit_code, "emory ran out", reason, "--frames", "--height")
+    assert "t2v resume fox.run.safetensors" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -332,22 +339,22 @@ def test_out_of_memory(
     ],
 )
 def test_a_failing_gpu(small: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def forward(*_: object) -> None:
+    def velocity(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Transformer, "forward", forward)
+    monkeypatch.setattr(Transformer, "velocity", velocity)
     told(small(), 5, str(error).splitlines()[0], "nvidia-smi")
 
 
 def test_out_of_memory_in_the_decode_keeps_the_latents(
     small: Run, monkeypatch: pytest.MonkeyPatch, expected_latents: list[torch.Tensor]
 ) -> None:
-    def chunks(*_: object) -> None:
+    def pieces(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
 
-    monkeypatch.setattr(VAE, "decode_chunks", chunks)
+    monkeypatch.setattr(frames, "decode_pieces", pieces)
     result = small()
-    told(result, 7, "9.00 GiB")
+    told(result, 7, "emory ran out", "decode")
     assert torch.equal(read_latents(latents_of(result)).latents, expected_latents[-1])
 
 

@@ -4,6 +4,8 @@ import errno
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,8 @@ from safetensors.torch import save_file
 from entrypoint import output
 from entrypoint.latents import read_latents
 from entrypoint.table import GAP, aligned, duration, size
-from runtime import video
+from runtime import frames, video, whole_file
 from runtime.errors import RequestError
-from runtime.vae import VAE
 from runtime.video import read_frames, read_metadata
 from tests.conftest import Run
 
@@ -78,7 +79,7 @@ def test_a_name_taken_meanwhile(small: Run, workplace: Path, monkeypatch: pytest
         result = small(*FOX, "--output", "fox.mp4")
     assert result.exit_code == 2 and "exists" in result.stderr
     assert (workplace / "fox.mp4").read_bytes() == b"another's"
-    assert read_latents(workplace / "fox.latents.safetensors").prompt == "A red fox"
+    assert read_latents(workplace / "fox.run.safetensors").prompt == "A red fox"
 
 
 def test_saved_latents(small: Run, t2v: Run, workplace: Path, tiny_checkpoint: Path) -> None:
@@ -116,14 +117,13 @@ def test_latents_are_saved_before_the_decode(
 ) -> None:
     seen: set[str] = set()
 
-    def chunks(*_: object) -> None:
+    def pieces(*_: object) -> None:
         seen.update(path.name for path in workplace.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(VAE, "decode_chunks", chunks)
+    monkeypatch.setattr(frames, "decode_pieces", pieces)
     assert small("--output", "fox.mp4", "--save-latents").exit_code == 130
-    assert seen == {"fox.latents.safetensors"}
-    assert small("--output", "other.mp4").exit_code == 130  # not asked for: an interrupted run leaves nothing
+    assert seen == {"fox.latents.safetensors", "fox.run.safetensors"}
     assert {path.name for path in workplace.iterdir()} == seen
 
 
@@ -188,43 +188,63 @@ def test_a_full_disk_keeps_the_latents(small: Run, workplace: Path, monkeypatch:
     monkeypatch.setattr(video, "_encode", no_space)
     result = small("--output", "fox.mp4")
     assert result.exit_code == 2 and "disk" in result.stderr and "full" in result.stderr
-    assert "t2v decode fox.latents.safetensors" in result.stderr
-    assert [path.name for path in workplace.iterdir()] == ["fox.latents.safetensors"]
+    assert "t2v resume fox.run.safetensors" in result.stderr
+    assert [path.name for path in workplace.iterdir()] == ["fox.run.safetensors"]
 
 
-def test_latents_go_elsewhere_when_their_place_is_full(
-    small: Run, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def _full_but_below(place: Path | None, honest: Any) -> Any:
+    """`whole_file` on a disk that is full half-way through every file, but for those below `place`."""
+
+    @contextmanager
+    def full(path: Path) -> Iterator[Any]:
+        with honest(path) as file:
+            yield file
+            if place is None or not path.is_relative_to(place):
+                file.truncate(file.tell() // 2)
+                no_space()
+
+    return full
+
+
+def test_what_is_kept_goes_elsewhere_when_its_place_is_full(
+    small: Run, t2v: Run, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spare = tmp_path / "spare"
     spare.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spare))
-    honest = Path.write_bytes
+    expected = small("--output", "expected.mp4")
+    assert expected.exit_code == 0
+    honest = whole_file.whole_file
+    with monkeypatch.context() as full:
+        full.setattr(video, "_encode", no_space)
+        full.setattr(whole_file, "whole_file", _full_but_below(spare, honest))
+        result = small("--output", "fox.mp4", "--save-latents")
+    kept = spare / "fox.run.safetensors"
+    assert result.exit_code == 2 and f"t2v resume {kept}" in result.stderr
+    warned = [line for line in result.stderr.splitlines() if "warning: " in line]
+    assert len(warned) == 2 and f"the run is kept in {kept}" in warned[0] and "the latents are" in warned[1]
+    assert read_latents(kept).step == 4
+    assert [path.name for path in workplace.iterdir()] == ["expected.mp4"]
 
-    def write_bytes(self: Path, content: bytes) -> int:
-        if not self.is_relative_to(spare):
-            honest(self, content[: len(content) // 2])
-            no_space()
-        return honest(self, content)
-
-    monkeypatch.setattr(video, "_encode", no_space)
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    result = small("--output", "fox.mp4")
-    assert result.exit_code == 2 and f"t2v decode {spare}/fox.latents.safetensors" in result.stderr
-    assert read_latents(spare / "fox.latents.safetensors").step == 4
-    assert not list(workplace.iterdir())
-
-    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
-    lost = small("--output", "fox.mp4")
-    assert lost.exit_code == 2 and "are kept" not in lost.stderr and not list(workplace.iterdir())
+    assert t2v("resume", kept).stdout == f"{workplace}/fox.mp4\n"  # where it was to go
+    assert (read_frames("fox.mp4") == read_frames("expected.mp4")).all()
+    assert [path.name for path in spare.iterdir()] == ["fox.latents.safetensors"]
 
 
-def test_latents_that_cannot_be_saved_do_not_stop_the_video(
+def test_no_place_at_all_does_not_stop_the_video(
     small: Run, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
-    monkeypatch.setattr(Path, "write_bytes", no_space)
+    monkeypatch.setattr(whole_file, "whole_file", _full_but_below(None, whole_file.whole_file))
     result = small("--output", "fox.mp4", "--save-latents")
-    assert result.exit_code == 0 and "warning: the latents could not be saved" in result.stderr
+    assert result.exit_code == 0, result.output
+    warned = [line for line in result.stderr.splitlines() if "warning: " in line]
+    assert len(warned) == 3  # run file, text states, latents: each once
+    assert "the run could not be kept" in warned[0] and "the latents could not be saved" in warned[2]
+    assert [path.name for path in workplace.iterdir()] == ["fox.mp4"]
+    monkeypatch.setattr(video, "_encode", no_space)
+    lost = small("--output", "other.mp4")
+    assert lost.exit_code == 2 and "t2v resume" not in lost.stderr
     assert [path.name for path in workplace.iterdir()] == ["fox.mp4"]
 
 

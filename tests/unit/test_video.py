@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import video
+from runtime import video, video_writer
 from runtime.errors import OutputError, RequestError
 from runtime.video import (
     SHEET_GREY,
@@ -248,7 +248,7 @@ def test_little_free_space(tmp_path: Path) -> None:
         (MemoryError("large"), MemoryError, "large"),
     ],
 )
-@pytest.mark.parametrize("where", ["_encode", "_check_complete"])
+@pytest.mark.parametrize("where", ["_to_yuv", "_write", "_check_complete"])
 def test_failed_writing_leaves_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,11 +257,12 @@ def test_failed_writing_leaves_nothing(
     raised: type[BaseException],
     told: str,
 ) -> None:
-    def fail(made: Any, part: Any) -> None:
-        (made if where == "_check_complete" else part).write_bytes(b"half")
+    def fail(*given: Any) -> None:
+        for part in tmp_path.glob(".v.part-*") if where != "_to_yuv" else ():  # before there is a file
+            part.write_bytes(b"half")
         raise fault
 
-    monkeypatch.setattr(video, where, fail)
+    monkeypatch.setattr(video_writer, where, fail)
     path = tmp_path / "v.mp4"
     path.write_bytes(b"the old one")
     with pytest.raises(raised, match=told):
@@ -277,9 +278,12 @@ def test_interrupt_between_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         shape = frames.shape
         dtype = frames.dtype
 
+        def __getitem__(self, wanted: slice) -> Any:
+            return self
+
         def __iter__(self) -> Any:
             yield from frames[:30]
-            assert left_in(tmp_path) == [f".v.part-{os.getpid()}.mp4"]
+            assert left_in(tmp_path) == []  # so that even a kill leaves nothing
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -288,14 +292,14 @@ def test_interrupt_between_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_file_that_appears_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = video._encode
+    write = video_writer._write
     path = tmp_path / "v.mp4"
 
-    def slow(made: Video, part: Path) -> None:
-        encode(made, part)
+    def slow(*given: Any) -> None:
+        write(*given)
         path.write_bytes(b"another process")
 
-    monkeypatch.setattr(video, "_encode", slow)
+    monkeypatch.setattr(video_writer, "_write", slow)
     with pytest.raises(OutputError, match="exists"):
         Video(smooth(1, 32, 32)).save(path)
     assert left_in(tmp_path) == ["v.mp4"]
@@ -303,8 +307,10 @@ def test_file_that_appears_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_short_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = video._encode
-    monkeypatch.setattr(video, "_encode", lambda made, part: encode(Video(made.frames[:-1]), part))
+    write = video_writer._write
+    monkeypatch.setattr(
+        video_writer, "_write", lambda container, packets, record: write(container, packets[:-1], record)
+    )
     with pytest.raises(OutputError, match="full"):
         Video(smooth(4, 32, 32)).save(tmp_path / "v.mp4")
     assert left_in(tmp_path) == []
@@ -324,7 +330,8 @@ def test_full_disk(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(2).integers(0, 256, (17, 96, 160, 3), dtype=np.uint8)
     with pytest.raises(OutputError, match=r"0\.1 MiB free; expected at least 8\.0 MiB"):
         check_output(small_disk / "v.mp4")
-    monkeypatch.setattr(video, "check_output", lambda path, overwrite: Path(path))
+    for module in (video, video_writer):
+        monkeypatch.setattr(module, "check_output", lambda path, overwrite: Path(path))
     with pytest.raises(OutputError, match="is full") as caught:
         Video(noise).save(small_disk / "v.mp4")
     assert caught.value.exit_code == 2
