@@ -17,19 +17,28 @@ import click
 from click.core import ParameterSource
 
 from entrypoint import failures
+from entrypoint.cache import choose_cache
 from entrypoint.convert import convert
+from entrypoint.doctor import doctor
 from entrypoint.explain import apply_config, explain
 from entrypoint.options import (
     SectionedCommand,
+    cache_option,
     config_option,
     fps_option,
     latents_option,
+    memory_options,
     model_options,
     output_options,
     request_options,
     talk_options,
+    text_states_option,
 )
+from entrypoint.plan import plan
 from entrypoint.rerun import rerun
+from entrypoint.resume import resume
+from entrypoint.synth import synth
+from entrypoint.version import version
 from entrypoint.weights import weights
 from runtime.errors import RequestError
 from runtime.request import MAX_PROMPT, Request
@@ -124,8 +133,11 @@ def cli() -> None:
 
 @cli.command(cls=SectionedCommand, context_settings=SETTINGS)
 @request_options
+@text_states_option
 @config_option
 @model_options()
+@memory_options
+@cache_option
 @output_options
 @latents_option
 @talk_options
@@ -146,6 +158,7 @@ def generate(ctx: click.Context, **given: Any) -> None:
 @click.argument("latents", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @fps_option(default="that of the latents")
 @model_options(default="that of the latents")
+@memory_options
 @output_options
 @talk_options
 @click.pass_context
@@ -182,25 +195,24 @@ def models(name: str | None, json: bool, debug: bool) -> None:
 
 
 cli.add_command(rerun)
+cli.add_command(resume)
 cli.add_command(weights)
 weights.add_command(convert)
+weights.add_command(synth)
 
 
 cli.add_command(explain)
+cli.add_command(plan)
+cli.add_command(doctor)
+cli.add_command(version)
 
 
 def _show_version(ctx: click.Context, asked: bool) -> None:
     if not asked:
         return
-    import tomllib
-    from importlib.metadata import PackageNotFoundError, version
+    from entrypoint.version import program_version
 
-    try:
-        number = version("fourstep")
-    except PackageNotFoundError:  # run from a source tree that was not installed
-        project = Path(__file__).resolve().parent.parent / "pyproject.toml"
-        number = tomllib.loads(project.read_text())["project"]["version"]
-    click.echo(f"t2v {number}")
+    click.echo(f"t2v {program_version()}")
     ctx.exit()
 
 
@@ -208,8 +220,10 @@ def _where(given: dict[str, Any]) -> Any:
     from entrypoint.generate import Where
 
     names = ("model", "weights", "profile", "device", "output", "overwrite", "contact_sheet")
-    config = {name: given[name] for name in ("profile_changes", "notes") if name in given}
-    return Where(**{name: given[name] for name in names}, **config)
+    # Not every verb has them.
+    more = ("profile_changes", "notes", "text_states", "vram", "ram")
+    fields = {name: given[name] for name in (*names, *more) if name in given}
+    return Where(**fields, cache=choose_cache(given["cache"]) if "cache" in given else None)
 
 
 def _prompt(ctx: click.Context, text: str | None, file: TextIO | None) -> str | None:
@@ -242,7 +256,12 @@ def _read_prompt(file: TextIO) -> str:
 def main() -> NoReturn:
     """The console script."""
     signal.signal(signal.SIGTERM, _interrupt)  # `docker stop`: leave as cleanly as on Ctrl-C
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as ended:
+        if ended.code == failures.INTERRUPTED:
+            failures.leave_at_once(failures.INTERRUPTED)
+        raise
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

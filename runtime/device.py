@@ -196,6 +196,11 @@ def select_device(asked: str, profile: Profile) -> tuple[Profile, str]:
     return _filled(profile, gpu), f"cuda:{gpu.index}"
 
 
+def gpu_of(device: str) -> Gpu | None:
+    """The GPU that `cuda:N` names, with its free memory as of now; None for the CPU or where it is gone."""
+    return next((gpu for gpu in gpus() if device == f"cuda:{gpu.index}"), None)
+
+
 def _ask_for_pci_order() -> None:
     """Have CUDA number GPUs as the driver does. It reads this once, when torch first touches it."""
     torch = sys.modules.get("torch")

@@ -5,19 +5,24 @@ not after fourteen gigabytes of transformer. A model is built on the meta device
 swapped in as the file's headers say, and the tensors are assigned: nothing is initialised twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from runtime.checkpoint import Checkpoint, expect_quantization, find_component, load_weights, open_checkpoint
+from runtime.checkpoint.load import check_tensors
 from runtime.errors import WeightsError
 from runtime.linear import swap_linears
+from runtime.memory.ring import Ring
+from runtime.memory.stream import BlockStream, Placement, load_part, load_streamed
 from runtime.profiles import pull_command
-from runtime.schema import ModelManifest, Profile
+from runtime.schema import ModelManifest
 from runtime.text_encoder import TextEncoder, TextEncoderConfig
 from runtime.tokenizer import PromptTokenizer
 from runtime.transformer import Transformer, TransformerConfig
@@ -48,6 +53,29 @@ class ModelFiles:
         """Every file that takes part, for the video's metadata."""
         opened = (self.transformer, self.text_encoder, self.vae)
         return [path for checkpoint in opened for path in checkpoint.files] + [self.tokenizer]
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules are made without drawing their first numbers.
+
+    On meta nobody would see them, and drawing there makes torch import its compiler, which takes seconds.
+    """
+
+    DRAWS = (nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, Tensor.uniform_, Tensor.normal_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in self.DRAWS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Models that are built in the block are shapes and dtypes alone."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 def open_files(manifest: ModelManifest, directory: Path) -> ModelFiles:
@@ -83,7 +111,7 @@ def load_transformer(
 ) -> Transformer:
     """The denoiser, with the quantized Linears that its file holds, on `device`."""
     sizes = _agreed_sizes(checkpoint, manifest.transformer)
-    with torch.device("meta"):
+    with on_meta():
         model = Transformer(TransformerConfig(**sizes))
     return _fill(model, checkpoint, device, dtype, on_bytes, Transformer.FP32_PARAMETERS)
 
@@ -97,7 +125,7 @@ def load_text_encoder(
 ) -> TextEncoder:
     """The umT5 encoder, on `device`."""
     sizes = _agreed_sizes(checkpoint, manifest.text_encoder)
-    with torch.device("meta"):
+    with on_meta():
         model = TextEncoder(TextEncoderConfig(**sizes))
     return _fill(model, checkpoint, device, dtype, on_bytes)
 
@@ -108,12 +136,20 @@ def load_vae(
     device: str,
     dtype: torch.dtype,
     on_bytes: OnBytes | None = None,
+    *,
+    encoder: bool = True,
 ) -> VAE:
-    """The causal video VAE, on `device`."""
+    """The causal video VAE, on `device`; without `encoder` its half that decodes."""
     sizes = _agreed_sizes(checkpoint, manifest.vae)
-    with torch.device("meta"):
-        model = VAE(VAEConfig(**sizes))
-    return _fill(model, checkpoint, device, dtype, on_bytes)
+    with on_meta():
+        model = VAE(VAEConfig(**sizes), encoder=encoder)
+    if encoder:
+        return _fill(model, checkpoint, device, dtype, on_bytes)
+    children = tuple(name for name, _ in model.named_children())
+    with on_meta():
+        check_tensors(VAE(VAEConfig(**sizes)).state_dict(), checkpoint)  # the whole file must be right
+    load_part(model, children, checkpoint, dtype=dtype, device=device, on_bytes=on_bytes)
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(files: ModelFiles, manifest: ModelManifest) -> PromptTokenizer:
@@ -124,12 +160,60 @@ def load_tokenizer(files: ModelFiles, manifest: ModelManifest) -> PromptTokenize
     return PromptTokenizer(files.tokenizer, max_length=length, vocab_size=vocab_size)
 
 
-def home_devices(profile: Profile, device: str) -> tuple[str, str]:
-    """Where text encoder and VAE rest between their phases: the GPU if the profile keeps them there."""
-    return (
-        device if profile.text_encoder.stay_on_gpu else "cpu",
-        device if profile.vae.stay_on_gpu else "cpu",
+def stream_transformer(
+    checkpoint: Checkpoint,
+    manifest: ModelManifest,
+    device: str,
+    dtype: torch.dtype,
+    placement: Placement,
+    ring: Ring,
+    on_bytes: OnBytes | None = None,
+) -> tuple[Transformer, BlockStream]:
+    """The denoiser with its blocks placed; its entry stays on meta until `load_entry`."""
+    sizes = _agreed_sizes(checkpoint, manifest.transformer)
+    with on_meta():
+        model = Transformer(TransformerConfig(**sizes))
+    swap_linears(model, checkpoint.quantized_linears())
+    stream = load_streamed(
+        model,
+        checkpoint,
+        placement=placement,
+        ring=ring,
+        dtype=dtype,
+        device=device,
+        fp32_parameters=Transformer.FP32_PARAMETERS,
+        on_bytes=on_bytes,
+        later=Transformer.ENTRY,
     )
+    return model, stream
+
+
+def load_entry(model: Transformer, checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> None:
+    """Bring the modules that `Transformer.conditions` needs to `device`."""
+    load_part(
+        model,
+        Transformer.ENTRY,
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        fp32_parameters=Transformer.FP32_PARAMETERS,
+    )
+
+
+def stream_text_encoder(
+    checkpoint: Checkpoint,
+    manifest: ModelManifest,
+    device: str,
+    dtype: torch.dtype,
+    placement: Placement,
+    ring: Ring,
+) -> tuple[TextEncoder, BlockStream]:
+    """The umT5 encoder whose blocks are placed, and whose table of tokens stays in its file."""
+    sizes = _agreed_sizes(checkpoint, manifest.text_encoder)
+    with on_meta():
+        model = TextEncoder(TextEncoderConfig(**sizes))
+    swap_linears(model, checkpoint.quantized_linears())
+    return model, load_streamed(model, checkpoint, placement=placement, ring=ring, dtype=dtype, device=device)
 
 
 def _agreed_sizes(checkpoint: Checkpoint, pinned: Any | None) -> dict[str, Any]:

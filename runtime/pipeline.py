@@ -8,54 +8,58 @@
 report progress, keep the latents, or leave.
 """
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self, TypeVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from runtime import loading
-from runtime.check import check_decoded, check_frames, check_latents
-from runtime.device import confirm_device, select_device
-from runtime.memory.visit import visiting
+from runtime.check import check_latents
+from runtime.checkpoint import Checkpoint
+from runtime.device import confirm_device, gpu_of, select_device
+from runtime.errors import OutOfMemoryError
+from runtime.frames import Decoding
+from runtime.layers.tiles import WHOLE, Rung
+from runtime.memory import allocator
+from runtime.memory.change import change
+from runtime.memory.exhausted import is_out_of_memory
+from runtime.memory.machine import look
+from runtime.memory.plan import Job, Plan
+from runtime.memory.planning import job_of, plan_run
+from runtime.memory.visit import give_back
+from runtime.parts import Parts, PlannedParts
 from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile
 from runtime.provenance import fingerprints, versions
 from runtime.request import CheckedRequest, Request, check
-from runtime.sampler import denoise, draw_noise, schedule
+from runtime.resume import ResumePoint, check_point, restore
+from runtime.sampler import denoise, draw_noise, schedule, timestep
 from runtime.schema import ModelManifest, Profile
-from runtime.text_encoder import TextEncoder
+from runtime.stages import LoadProgress, OnStage, PhaseClock, Stage
+from runtime.text_states import TextCache, encoder_digest
 from runtime.tokenizer import PromptTokenizer, Tokens
-from runtime.transformer import Transformer
-from runtime.vae import VAE
-from runtime.video import RECORD_FORMAT, Video, frames_to_uint8
+from runtime.transformer import Condition
+from runtime.video import RECORD_FORMAT, Video
+
+__all__ = ["Pipeline", "Stage"]
+
+Done = TypeVar("Done")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Where a run stands: `step` of `steps` pieces of `phase` are done, `seconds` after the phase began."""
+class _Text(NamedTuple):
+    """What a run begins with."""
 
-    phase: str  # load, text, denoise, decode, done
-    step: int
-    steps: int
-    seconds: float
-    bytes: int = 0  # that the phase has produced so far (weights read, for load)
-    latents: Tensor | None = None  # (16, T, h, w) fp32, after each denoise step
-    tokens: Tokens | None = None  # with the phase "text": whether the prompt was cut or has unknown words
-    video: Video | None = None  # with the phase "done"
-
-    @property
-    def eta(self) -> float | None:
-        """Seconds until the phase ends at its pace so far; None before anything is known."""
-        return self.seconds / self.step * (self.steps - self.step) if self.step else None
+    point: ResumePoint
+    source: str  # of the prompt's states: computed, cached, given
+    notes: tuple[str, ...]
 
 
 class Pipeline:
-    """One loaded model: text encoder, transformer, VAE and tokenizer, with the profile that placed them."""
+    """One model, its parts placed by a plan, and the story of a run. A context manager: `close` frees all."""
 
     def __init__(
         self,
@@ -63,19 +67,23 @@ class Pipeline:
         profile: Profile,
         device: str,
         tokenizer: PromptTokenizer,
-        text_encoder: TextEncoder,
-        transformer: Transformer,
-        vae: VAE,
+        parts: Parts,
         provenance: dict[str, Any] | None = None,
+        texts: TextCache | None = None,
+        planner: Callable[[Job], Plan] | None = None,
     ) -> None:
+        """`texts` holds states that need no encoder; without `planner` the parts stay as they are."""
         self.manifest = manifest
         self.profile = profile
         self.device = device
         self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
-        self.transformer = transformer
-        self.vae = vae
+        self.parts = parts
         self.provenance = provenance or {}
+        self.texts = texts
+        self.planner = planner
+        self.plan: Plan | None = None
+        self.stepped_down: list[str] = []  # what was made leaner after an out-of-memory, in words
+        self._notes: list[str] = []
 
     @classmethod
     def load(
@@ -85,31 +93,51 @@ class Pipeline:
         model: str | Path = DEFAULT_MODEL,
         profile: str | Path | Profile = "auto",
         device: str = "auto",
-        on_stage: Callable[[Stage], None] | None = None,
+        cache: str | Path | None = None,
+        vram: float | None = None,
+        ram: float | None = None,
+        request: Request | None = None,
+        text_known: bool = False,
+        on_plan: Callable[[Plan], None] | None = None,
+        on_stage: OnStage | None = None,
     ) -> "Pipeline":
-        """Load a model's four parts onto the devices that `profile` names.
+        """Plan the memory for `request` (a video of the model's usual size unless given), then load.
 
         `model` is a manifest's name, a family (the profile picks the variant) or a checkpoint directory;
-        `weights` the directory that holds its files (default /weights; the demo model brings its own).
-        Raises RequestError for unknown names, WeightsError for files, DeviceError for a missing GPU.
+        `weights` the directory that holds its files (default /weights; the demo model brings its own);
+        `cache` a directory where text states are kept from one process to the next; `vram` and `ram`, in GiB,
+        bound the memory below what the profile and the machine allow.
+        Raises RequestError for unknown names, WeightsError for files, DeviceError for a missing GPU and
+        PlanError, before anything is loaded, where it does not fit.
         """
         asked = profile if isinstance(profile, Profile) else load_profile(profile)
         chosen, device = select_device(device, asked)
         given = None if weights is None else Path(weights)
         manifest, directory = find_model(model, chosen, given)
+        checked = check(request or Request(), manifest, device)
         files = loading.open_files(manifest, directory)
+        machine = look(directory, gpu_of(device), probe_pinning=False)
+        planner = partial(
+            plan_run,
+            manifest,
+            chosen,
+            machine=machine,
+            device=device,
+            files=(files.transformer, files.text_encoder, files.vae),
+            vram=vram,
+            ram=ram,
+            cuda_started=device != "cpu" and torch.cuda.is_initialized(),
+        )
+        allocator.settle()
+        tokenizer = loading.load_tokenizer(files, manifest)
         confirm_device(device)
-        text_home, vae_home = loading.home_devices(chosen, device)
-        dtype, vae_dtype = loading.DTYPES[chosen.dtype], loading.DTYPES[chosen.vae.dtype]
-        read = _LoadProgress(files.nbytes, on_stage)
-        return cls(
+        texts = None if cache is None else _text_cache(Path(cache), files.text_encoder, device, chosen)
+        pipe = cls(
             manifest,
             chosen,
             device,
-            tokenizer=loading.load_tokenizer(files, manifest),
-            text_encoder=loading.load_text_encoder(files.text_encoder, manifest, text_home, dtype, read),
-            transformer=loading.load_transformer(files.transformer, manifest, device, dtype, read),
-            vae=loading.load_vae(files.vae, manifest, vae_home, vae_dtype, read),
+            tokenizer,
+            parts=PlannedParts(files, manifest, chosen, device),
             provenance={
                 "family": manifest.family,
                 # Only a model without a name needs its path: a video that is shown around should not tell it.
@@ -118,7 +146,25 @@ class Pipeline:
                 "files": fingerprints(files.paths),
                 "versions": versions(),
             },
+            texts=texts,
+            planner=planner,
         )
+        try:
+            pipe._prepare(checked, on_plan, on_stage, text_known)
+        except BaseException:
+            pipe.close()
+            raise
+        return pipe
+
+    def close(self) -> None:
+        """Free memory, threads and files; idempotent."""
+        self.parts.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __call__(
         self,
@@ -135,78 +181,230 @@ class Pipeline:
         assert stage.video is not None  # the last stage of a run that did not raise
         return stage.video
 
-    def stages(self, request: Request) -> Iterator[Stage]:
-        """Run `request` piece by piece. Raises RequestError first, OutputCheckError for a broken result."""
+    def stages(self, request: Request, start: ResumePoint | None = None) -> Iterator[Stage]:
+        """Run `request` piece by piece. Raises RequestError first, OutputCheckError for a broken result.
+
+        With `start`, the `point` of a stage of the same request, the run goes on from there, and ends with
+        the same frames as the run that it comes from.
+        """
         checked = check(request, self.manifest, self.device)
-        clock = _PhaseClock()
+        self._prepare(checked, text_known=start is not None)
+        clock = PhaseClock()
 
         clock.begin("text")
         tokens = self.tokenizer(checked.prompt)
-        text_states = self.encode_text(tokens)  # (1, text_len, text_dim)
-        negative_states = self.encode_negative(checked)
-        yield replace(clock.stage(1, 1, text_states.nbytes), tokens=tokens)
+        text = self._text(checked, tokens, start)
+        point = text.point
+        stage = clock.stage(1, 1, point.text_states.nbytes)
+        yield replace(stage, tokens=tokens, point=point, notes=(*text.notes, *self._take_notes()))
 
-        clock.begin("denoise")
-        denoised = self.denoise(text_states, checked, negative_states)  # (1, 16, T, h, w) each
-        for step, latents in enumerate(denoised, start=1):
-            check_latents(latents, step, checked.steps)
-            yield clock.stage(step, checked.steps, latents.nbytes, latents=latents[0].cpu())
+        clock.begin("denoise", point.step)
+        for point in self.denoise(text.point, checked):
+            assert point.latents is not None
+            check_latents(point.latents, point.step, checked.steps)
+            stage = clock.stage(point.step, checked.steps, point.latents.nbytes)
+            yield replace(stage, latents=point.latents, point=point, notes=self._take_notes())
+        assert point.latents is not None
 
         clock.begin("decode")
-        pieces: list[np.ndarray] = []
-        for piece in self.decode(latents):  # (1 or 4, H, W, 3)
-            pieces.append(piece)
-            yield clock.stage(len(pieces), latents.shape[2], sum(p.nbytes for p in pieces))
-        frames = np.concatenate(pieces)  # (F, H, W, 3)
-        check_frames(frames)
+        for piece, decoding in self.decode(point.latents[None]):
+            yield replace(clock.stage(piece, decoding.pieces, decoding.nbytes), notes=self._take_notes())
+        frames = decoding.frames  # (F, H, W, 3)
 
-        video = Video(frames, checked.fps, self._metadata(checked, tokens, clock.seconds))
+        timings = {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()}
+        record = self.record(checked, tokens) | {"text_states": text.source, "timings": timings}
+        video = Video(frames, checked.fps, record)
         yield Stage("done", 1, 1, sum(clock.seconds.values()), frames.nbytes, video=video)
 
-    @torch.inference_mode()
+    # ---------------------------------------------------------------------------------------------- memory
+
+    def _prepare(
+        self,
+        request: CheckedRequest,
+        on_plan: Callable[[Plan], None] | None = None,
+        on_stage: OnStage | None = None,
+        text_known: bool = False,
+    ) -> None:
+        """Plan for `request`, unless the present plan is for such a one, and place the parts by it."""
+        if self.planner is None:
+            return
+        known = text_known or (request.guidance == 1 and self.known_text(request.prompt))
+        job = job_of(request, encode_text=not known)
+        if self.plan is not None and job == self.plan.job:
+            return
+        plan = self.planner(job)
+        if on_plan is not None:
+            on_plan(plan)
+        first, self.plan = self.plan is None, plan
+        progress = LoadProgress(self.parts.load_bytes(plan), on_stage) if first else None
+        self._within_memory("denoise", lambda: self.parts.follow(self._planned, progress))
+        if progress is not None:
+            progress.done()
+
+    @property
+    def _planned(self) -> Plan:
+        assert self.plan is not None
+        return self.plan
+
+    def _within_memory(self, phase: str, run: Callable[[], Done]) -> Done:
+        """run(), again with a leaner plan whenever memory runs out; OutOfMemoryError after the leanest."""
+        while True:
+            try:
+                return run()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _first_sentence(error)
+            # Outside of the handler, whose traceback would keep alive what the attempt had allocated.
+            self._step_down(phase, reason)
+
+    def _step_down(self, phase: str, reason: str) -> None:
+        """Take on the next leaner plan for `phase`; OutOfMemoryError where there is none."""
+        give_back(self.device)
+        leaner = None if self.plan is None else self.plan.lower(phase)
+        if leaner is None:
+            raise OutOfMemoryError(
+                f"Memory ran out in the {phase} phase ({reason}) and there is no leaner way left: ask for a "
+                "smaller --height and --width or fewer --frames, or close what else uses the GPU."
+            )
+        leaner_by = change(self._planned, leaner)
+        self.stepped_down.append(f"{phase}: {leaner_by}")
+        self._notes.append(f"memory ran out in the {phase} phase ({reason}); going on with {leaner_by}.")
+        self.plan = leaner
+        self.parts.follow(leaner)
+
+    def _take_notes(self) -> tuple[str, ...]:
+        notes, self._notes = tuple(self._notes), []
+        return notes
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def known_text(self, prompt: str) -> bool:
+        """Whether the states of `prompt` are in the cache, so that its run needs no text encoder."""
+        return self._cached(self.tokenizer(prompt)) is not None
+
+    def _text(self, request: CheckedRequest, tokens: Tokens, start: ResumePoint | None) -> _Text:
+        """The point before the first step, or `start`, with all text states that the request needs."""
+        dim = self._text_dim
+        if start is None:
+            known = self._cached(tokens)
+            source = "computed" if known is None else "cached"
+            point = ResumePoint(0, self.encode_text(tokens) if known is None else known)
+        else:
+            source, point = "given", check_point(start, tokens.n, dim, request)
+        if request.guidance != 1 and point.negative_states is None:
+            negative = request.negative_prompt
+            nothing = not negative.strip()
+            negative_tokens = self.tokenizer.nothing() if nothing else self.tokenizer(negative)
+            known = self._cached(negative_tokens)
+            states = self.encode_text(negative_tokens) if known is None else known
+            point = replace(point, negative_states=states)
+        return _Text(point, source, () if self.texts is None else self.texts.take_notes())
+
     def encode_text(self, tokens: Tokens) -> Tensor:
-        """Text states (1, text_len, text_dim): the encoder's rows for the prompt, then rows of zeros."""
-        # Padding changes nothing in the rows before it, so it is not encoded at all.
-        ids = torch.tensor([tokens.ids[: tokens.n]], device=self.device)  # (1, n)
-        with visiting(self.text_encoder, self.device):
-            states = self.text_encoder(ids, torch.ones_like(ids, dtype=torch.bool))  # (1, n, text_dim)
-        return F.pad(states, (0, 0, 0, self.transformer.config.text_len - tokens.n))
-
-    def encode_negative(self, request: CheckedRequest) -> Tensor | None:
-        """Text states of what the video should move away from; None without guidance."""
-        if request.guidance == 1:
-            return None
-        negative = request.negative_prompt
-        return self.encode_text(self.tokenizer(negative) if negative.strip() else self.tokenizer.nothing())
+        """Text states (n, text_dim) of the prompt's n tokens, on the CPU; the cache gets them too."""
+        ids = tokens.ids[: tokens.n]
+        states = self._encode(ids)
+        if self.texts is not None:
+            self.texts.keep(ids, states)
+        return states
 
     @torch.inference_mode()
-    def denoise(
-        self, text_states: Tensor, request: CheckedRequest, negative_states: Tensor | None = None
-    ) -> Iterator[Tensor]:
-        """Latents (1, 16, T, h, w), fp32, after each step.
+    def _encode(self, ids: list[int]) -> Tensor:
+        # Padding changes nothing in the rows before it, so it is not encoded at all.
+        batch = torch.tensor([ids], device=self.device)  # (1, n)
 
-        With `negative_states`, classifier-free guidance: v = v_neg + guidance * (v_text - v_neg).
+        def encode() -> Tensor:
+            with self.parts.text_encoder() as encoder:
+                states = encoder(batch, torch.ones_like(batch, dtype=torch.bool))  # (1, n, text_dim)
+                return states[0].cpu()
+
+        return self._within_memory("text", encode)
+
+    @property
+    def _text_dim(self) -> int:
+        return self.parts.text_dim
+
+    def _cached(self, tokens: Tokens) -> Tensor | None:
+        if self.texts is None:
+            return None
+        return self.texts.find(tokens.ids[: tokens.n], self._text_dim)
+
+    def _padded(self, states: Tensor) -> Tensor:
+        """Rows (n, text_dim) -> (1, text_len, text_dim) on the device, with rows of zeros at the end."""
+        text_len, dtype = self.parts.transformer.config.text_len, loading.DTYPES[self.profile.dtype]
+        return F.pad(states.to(self.device, dtype), (0, 0, 0, text_len - len(states)))[None]
+
+    # --------------------------------------------------------------------------------------------- latents
+
+    @torch.inference_mode()
+    def denoise(self, start: ResumePoint, request: CheckedRequest) -> Iterator[ResumePoint]:
+        """The point after each step that is left, with the latents (16, T, h, w).
+
+        With negative states, classifier-free guidance: v = v_neg + guidance * (v_text - v_neg).
         """
         generator = torch.Generator(self.device if request.noise_device == "cuda" else "cpu")
-        generator.manual_seed(request.seed)
-        noise = draw_noise(request.latent_shape, generator)[None].to(self.device)
+        if start.latents is None or start.generator_state is None:
+            generator.manual_seed(request.seed)
+            latents = draw_noise(request.latent_shape, generator)
+        else:
+            restore(generator, start.generator_state)
+            latents = start.latents
+        sigmas = schedule(request.steps, request.shift)
+        # Of all steps, also those that are done: a product of other height rounds its rows differently.
+        times = [timestep(sigma) for sigma in sigmas[:-1]]
+        left = len(times) - start.step
+        conditions = dict(zip(times, self._conditions(start, times), strict=True)) if left else {}
+        self.parts.expect(left * len(conditions[times[0]]) if left else 0)
+
+        def forward(latents: Tensor, condition: Condition) -> Tensor:
+            run = partial(self.parts.transformer.velocity, latents, condition)
+            return self._within_memory("denoise", run)
 
         def velocity_of(latents: Tensor, t: float) -> Tensor:
-            time = torch.tensor([t], device=self.device)
-            velocity = self.transformer(latents, time, text_states)
-            if negative_states is None:
-                return velocity
-            away = self.transformer(latents, time, negative_states)
-            return away + request.guidance * (velocity - away)
+            velocity, *away = (forward(latents, condition) for condition in conditions[t])
+            return away[0] + request.guidance * (velocity - away[0]) if away else velocity
 
-        sigmas = schedule(request.steps, request.shift)
-        yield from denoise(velocity_of, noise, sigmas, request.sampler, generator)
+        latents = latents[None].to(self.device)  # (1, 16, T, h, w)
+        denoised = denoise(velocity_of, latents, sigmas, request.sampler, generator, start.step)
+        for step, latents in enumerate(denoised, start.step + 1):
+            state = generator.get_state()
+            yield replace(start, step=step, latents=latents[0].cpu(), generator_state=state)
 
-    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames of each latent frame in turn, uint8 (1 or 4, H, W, 3), from latents (1, 16, T, h, w)."""
-        return decode(self.vae, latents, self.device)
+    def _conditions(self, start: ResumePoint, times: list[float]) -> list[tuple[Condition, ...]]:
+        """For each time the condition of the prompt, and with guidance that of the negative prompt too."""
+        if not times:
+            return []
+        texts = [self._padded(start.text_states)]  # (1, text_len, text_dim)
+        if start.negative_states is not None:
+            texts.append(self._padded(start.negative_states))
+        steps = torch.tensor(times, device=self.device)[:, None]  # (S, 1)
+        of_texts = self._within_memory("denoise", lambda: self.parts.conditions(steps, texts))
+        return [*zip(*of_texts, strict=True)]
 
-    def _metadata(self, request: CheckedRequest, tokens: Tokens, timings: dict[str, float]) -> dict[str, Any]:
+    # ---------------------------------------------------------------------------------------------- frames
+
+    @property
+    def rung(self) -> Rung:
+        """How the plan wants latents decoded."""
+        return WHOLE if self.plan is None else self.plan.rung
+
+    def decode(self, latents: Tensor) -> Iterator[tuple[int, Decoding]]:
+        """Decode latents (1, 16, T, h, w): the number of pieces done, and the decoding they belong to."""
+        while True:
+            try:
+                with self.parts.vae() as vae:
+                    decoding = Decoding(vae, latents.to(self.device), self.rung)
+                    for piece in decoding:
+                        yield piece, decoding
+                return
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = _first_sentence(error)
+            self._step_down("decode", reason)
+
+    def record(self, request: CheckedRequest, tokens: Tokens) -> dict[str, Any]:
         """What the mp4 says of its own making: enough to make it again, and to know with what."""
         return {
             "format": RECORD_FORMAT,
@@ -219,49 +417,24 @@ class Pipeline:
             "device": self.device,
             "dtype": self.profile.dtype,
             "vae_dtype": self.profile.vae.dtype,
-            "timings": {phase: round(seconds, 3) for phase, seconds in timings.items()},
+            **({} if self.plan is None else {"plan": self.plan.as_dict()["placement"]}),
+            **({"stepped_down": self.stepped_down} if self.stepped_down else {}),
             **self.provenance,
         }
 
 
-@torch.inference_mode()
-def decode(vae: VAE, latents: Tensor, device: str) -> Iterator[np.ndarray]:
-    """`Pipeline.decode` for a VAE alone, wherever it rests: latents that were kept need no transformer."""
-    first_frame = 0
-    with visiting(vae, device):
-        for frames in vae.decode_chunks(latents.to(device)):  # (1, 3, f, H, W)
-            check_decoded(frames, first_frame)
-            first_frame += frames.shape[2]
-            yield frames_to_uint8(frames[0])
+def how_computed(device: str, profile: Profile) -> str:
+    """What the bits of text states depend on beside encoder and tokens, in words."""
+    used = versions()
+    where = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+    return f"{profile.dtype} on {where}, torch {used['torch']}, fourstep {used['fourstep']}"
 
 
-class _PhaseClock:
-    """Seconds of each phase, and the stages that tell of them."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._phase, self._began = "", 0.0
-
-    def begin(self, phase: str) -> None:
-        self._phase, self._began = phase, time.perf_counter()
-
-    def stage(self, step: int, steps: int, nbytes: int, latents: Tensor | None = None) -> Stage:
-        seconds = time.perf_counter() - self._began
-        self.seconds[self._phase] = seconds
-        return Stage(self._phase, step, steps, seconds, nbytes, latents=latents)
+def _text_cache(directory: Path, encoder: Checkpoint, device: str, profile: Profile) -> TextCache:
+    digest = encoder_digest(fingerprints(encoder.files))
+    return TextCache(directory, digest, how_computed(device, profile))
 
 
-class _LoadProgress:
-    """Turns the bytes that loading reads into stages, a hundred at most."""
-
-    def __init__(self, total: int, on_stage: Callable[[Stage], None] | None) -> None:
-        self.total, self.on_stage = max(total, 1), on_stage
-        self.read, self.told = 0, 0
-        self.began = time.perf_counter()
-
-    def __call__(self, nbytes: int) -> None:
-        self.read += nbytes
-        percent = min(100, 100 * self.read // self.total)
-        if self.on_stage is not None and percent > self.told:
-            self.told = percent
-            self.on_stage(Stage("load", percent, 100, time.perf_counter() - self.began, self.read))
+def _first_sentence(error: BaseException) -> str:
+    """Of torch's messages, which go on for a paragraph about its allocator."""
+    return str(error).strip().split(". ")[0].splitlines()[0] if str(error).strip() else type(error).__name__

@@ -82,11 +82,31 @@ class VAEPlacement(_Data):
     dtype: Dtype
 
 
+class CardSpeeds(_Data):
+    """What a card sustains: 10^12 operations a second (a multiply and an add are two), 10^9 bytes a second.
+
+    fp8_tflops: with fp32 accumulation; None where the card has no units for it. int8_tflops: None likewise.
+    attention_tflops: of the attention kernel; None to derive it from bf16. memory_gbps: of the card's own
+    memory, reading and writing. measured: on such a card; else derived, and `source` says how.
+    """
+
+    fp8_tflops: Positive | None
+    int8_tflops: Positive | None
+    bf16_tflops: Positive
+    attention_tflops: Positive | None = None
+    memory_gbps: Positive
+    measured: bool
+    source: Text
+
+
 class Profile(_Data):
     """What one card is used for.
 
     `vram_gb` is a ceiling in GiB (a card sold as "12 GB" has 12 GiB); None means whatever is free.
     `quantization` is the variant of a model family that suits the card; a manifest named in full beats it.
+    `pcie_gbps` is what a copy from pinned memory to the card sustains, 10^9 bytes a second. It and `speeds`
+    serve the plan's predicted times alone; None takes those of `runtime.memory.speeds` by compute
+    capability.
     """
 
     name: Name
@@ -98,6 +118,8 @@ class Profile(_Data):
     compute_capability: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,2}\.[0-9]$")] | None
     text_encoder: TextEncoderPlacement
     vae: VAEPlacement
+    pcie_gbps: Positive | None = None
+    speeds: CardSpeeds | None = None
 
     @property
     def capability(self) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from runtime.checkpoint.families import LINEARS, check_family, merge_config, read_config, solve_sizes
-from runtime.checkpoint.files import TensorInfo, read_tensor
+from runtime.checkpoint.files import TensorInfo, read_pieces, read_tensor
 from runtime.checkpoint.layouts import collect
 from runtime.checkpoint.names import Kind, to_canonical
 from runtime.errors import WeightsError
@@ -38,6 +38,7 @@ SCALE = ".weight_scale"
 _SCALE_ALIAS = ".scale_weight"
 _ACTIVATION_SCALES = (".scale_input", ".input_scale")
 _MARKER = "scaled_fp8"
+_PIECE = 64 << 20  # bytes of a large tensor on their way to a GPU
 _UNSUPPORTED = [  # (a name that only this format has, its name)
     (re.compile(r".*\.(weight_global_scale|input_global_scale|input_absmax|weight_scale_2)$"), "NVFP4"),
     (re.compile(r".*\.weight_scale_inv$"), "FP8 with 128x128 block scales"),
@@ -116,6 +117,18 @@ class Checkpoint:
                 f"{info.file}: scale {info.name} is negative or not finite somewhere; download the file again"
             )
         return scale.expand(self.shape(name)).contiguous()
+
+    def read_to(self, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """`read(name)` as `dtype` on `device`; CPU memory beside the result: 64 MiB where it is a GPU's."""
+        info = self.tensors[name]
+        away = torch.device(device).type != "cpu"
+        if not away or info.nbytes <= _PIECE or name.endswith(SCALE) or info.name in self._mapped:
+            return self.read(name).to(dtype).to(device)
+        whole = torch.empty(info.shape, dtype=dtype, device=device)
+        flat = whole.view(-1)
+        for first, piece in read_pieces(info, _PIECE):
+            flat[first : first + len(piece)] = piece.to(device)
+        return whole
 
 
 def open_checkpoint(path: Path, kind: Kind) -> Checkpoint:

@@ -16,7 +16,7 @@ import re
 import stat
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,15 +291,36 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
     Memory: the tensor itself; the page cache is the kernel's to drop.
     """
+    tensor = torch.empty(info.shape, dtype=info.dtype)
+    if info.nbytes:
+        _read_into(info, tensor.reshape(-1).view(torch.uint8), 0)
+    return tensor
+
+
+def read_pieces(info: TensorInfo, most: int) -> Iterator[tuple[int, Tensor]]:
+    """The tensor, flat, in pieces of at most `most` bytes: (first element, elements (n,)), by `info.offset`.
+
+    Every piece lies in the same CPU memory: it is gone when the next one is asked for.
+    """
+    step = max(most // info.dtype.itemsize, 1)
+    count = info.nbytes // info.dtype.itemsize
+    space = torch.empty(min(step, count), dtype=info.dtype)
+    for first in range(0, count, step):
+        piece = space[: min(step, count - first)]
+        _read_into(info, piece.view(torch.uint8), first * info.dtype.itemsize)
+        yield first, piece
+
+
+def _read_into(info: TensorInfo, space: Tensor, start: int) -> None:
+    """Fill space (n,) uint8 with the tensor's bytes from its byte `start` on."""
     if info.offset is None:
         raise ValueError(f"{info.name} has no offset in {info.file}")
-    tensor = torch.empty(info.shape, dtype=info.dtype)
-    target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data) if info.nbytes else memoryview(b"")
+    target = memoryview(space.numpy().data)
     done = 0
     try:
         with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            while done < info.nbytes:
+            file.seek(info.offset + start)
+            while done < len(target):
                 count = file.readinto(target[done : done + _CHUNK_BYTES])
                 if not count:
                     raise WeightsError(
@@ -307,8 +328,8 @@ def read_tensor(info: TensorInfo) -> Tensor:
                     )
                 done += count
     except OSError as error:
-        raise WeightsError(f"{info.file} cannot be read at {info.name}: {error.strerror or error}") from error
-    return tensor
+        reason = error.strerror or error
+        raise WeightsError(f"{info.file} cannot be read at {info.name}: {reason}") from error
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -33,16 +33,14 @@ def load_weights(
     quantized = checkpoint.quantized_linears()
     state: dict[str, Tensor] = {}
     for name in expected:
-        tensor = checkpoint.read(name)
         module, _, leaf = name.rpartition(".")
         if leaf in ("weight", "bias") and module in quantized:
-            target = tensor.dtype
+            target = checkpoint.tensors[name].dtype
         elif name.endswith(SCALE) or any(fragment in name for fragment in fp32_parameters):
             target = torch.float32
         else:
             target = dtype
-        state[name] = tensor.to(target).to(device)
-        del tensor
+        state[name] = checkpoint.read_to(name, device, target)
         if on_bytes is not None:
             on_bytes(checkpoint.tensors[name].nbytes)
     model.load_state_dict(state, strict=True, assign=True)

@@ -31,10 +31,9 @@ SCHEDULER = "WanStepDistillScheduler"
 MODEL_CLASSES = ("wan2.1", "wan2.1_distill")
 
 _BUILT = "so the model is built"
-_LATER = moot("memory is the profile's matter, and streaming is not built yet")
-_HARDLY = moot("memory is the profile's matter, and streaming is not built yet", wish=True)
+_LATER = moot("the memory plan decides: see `t2v plan`, --vram and --ram")
 _NEITHER = moot("LightX2V does not use it for Wan either")
-_TILES = moot("frames are decoded whole, without the seams of tiles", wish=True)
+_TILES = moot("the memory plan decides; tiles are exact here and have no seams")
 _LORA = missing("LoRA is not supported yet: merge it into the weights, or use distilled ones")
 _RANDOM = missing("random weights draw nothing; `t2v --model demo` needs no download")
 
@@ -104,7 +103,7 @@ MEMORY = {
     "vae_cpu_offload": Key(FLAG, rules.offload("vae")),
     "t5_offload_granularity": Key(TEXT, _NEITHER),
     "offload_ratio": Key(NUMBER, _NEITHER),
-    "lazy_load": Key(FLAG, _HARDLY),
+    "lazy_load": Key(FLAG, _LATER),
     "t5_lazy_load": Key(FLAG, _LATER),
     "unload_modules": Key(FLAG, _LATER),
     "clean_cuda_cache": Key(FLAG, _LATER),

@@ -29,7 +29,7 @@ from runtime.device import select_device
 from runtime.errors import RequestError
 from runtime.lightx2v.config import Translation, changed_profile, read, shown, translate
 from runtime.lightx2v.keys import KEYS
-from runtime.pipeline import Pipeline, Stage
+from runtime.pipeline import Pipeline
 from runtime.profiles import find_model, list_manifests, load_profile, manifest_of
 from runtime.schema import Profile, Quantization
 from runtime.video import Video, check_output
@@ -427,9 +427,9 @@ def load_pipeline(
     profile: Profile,
     device: str,
     wanted: Quantization | None,
-    on_stage: Callable[[Stage], None] | None = None,
+    **options: Any,
 ) -> Pipeline:
-    """`Pipeline.load` for weights that must be `wanted`.
+    """`Pipeline.load`, with its `options`, for weights that must be `wanted`.
 
     Raises WeightsError, from their headers, where they are something else.
     """
@@ -437,4 +437,4 @@ def load_pipeline(
         manifest, directory = find_model(model, profile, weights)
         found = find_component(directory, manifest.subdirectories, manifest.files.transformer)
         expect_quantization(open_checkpoint(found, "transformer"), wanted)
-    return Pipeline.load(weights, model=model, profile=profile, device=device, on_stage=on_stage)
+    return Pipeline.load(weights, model=model, profile=profile, device=device, **options)

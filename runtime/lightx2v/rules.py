@@ -238,10 +238,10 @@ def cpu_offload(value: Any, context: Context) -> Outcome:
     homes = {"text_encoder": "t5_cpu_offload", "vae": "vae_cpu_offload"}
     followers = {part: key for part, key in homes.items() if context.config.get(key) is None}
     placed = {f"{part}.stay_on_gpu": False for part in followers}
-    why = "the transformer stays on the GPU whole: streaming its blocks is not built yet"
+    why = "the memory plan streams the blocks that do not fit, and only those; `t2v plan` shows it"
     if followers:
         why += f"; {' and '.join(followers.values())} follow it, as in LightX2V"
-    return Outcome("moot", ", ".join(f"profile {name}: false" for name in placed), why, {}, placed, wish=True)
+    return Outcome("moot", ", ".join(f"profile {name}: false" for name in placed), why, {}, placed)
 
 
 def offload(part: str) -> Rule:

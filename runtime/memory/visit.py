@@ -22,5 +22,10 @@ def visiting(model: nn.Module, device: str) -> Iterator[None]:
         yield
     finally:
         model.to(home)
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(device)
+
+
+def give_back(device: str) -> None:
+    """Hand memory that torch keeps for later back to the driver."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import UMT5Config, UMT5EncoderModel
 
 from runtime.checkpoint.names import from_canonical
+from runtime.parts import Parts
 from runtime.pipeline import Pipeline
 from runtime.profiles import load_manifest, load_profile
 from runtime.text_encoder import TextEncoder, TextEncoderConfig
@@ -52,7 +53,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
         update={"transformer": None, "text_encoder": None, "vae": None, "quantization": None}
     )
     tokenize = PromptTokenizer(path, max_length=TEXT_LEN)
-    return Pipeline(manifest, load_profile("cpu"), "cpu", tokenize, text_encoder, transformer, vae)
+    parts = Parts(text_encoder, transformer, vae, "cpu")
+    return Pipeline(manifest, load_profile("cpu"), "cpu", tokenize, parts)
 
 
 def foreign_state(kind: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -72,15 +74,15 @@ def reference_video(
             feed_forward_proj="gated-gelu",
         )
     ).eval()  # fmt: skip
-    state = foreign_state("text_encoder", pipe.text_encoder)
+    state = foreign_state("text_encoder", pipe.parts.whole_text_encoder)
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     encoder.load_state_dict(state)
     transformer = WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=32, text_dim=TEXT_DIM, ffn_dim=96, num_layers=2
     ).eval()  # fmt: skip
-    transformer.load_state_dict(foreign_state("transformer", pipe.transformer))
+    transformer.load_state_dict(foreign_state("transformer", pipe.parts.transformer))
     vae = AutoencoderKLWan(base_dim=8).eval()
-    vae.load_state_dict(foreign_state("vae", pipe.vae))
+    vae.load_state_dict(foreign_state("vae", pipe.parts.whole_vae))
 
     ids = torch.tensor([[3, 4, 5, 8, 3, 6, 7, 1] + [0] * (TEXT_LEN - 8)])
     mask = (ids != 0).long()
@@ -157,7 +159,7 @@ def test_guidance_equals_the_reference_parts(pipeline: Pipeline) -> None:
 
 def test_frames_equal_the_reference_before_rounding(pipeline: Pipeline) -> None:
     latents, decoded = reference_video(pipeline, "euler", 3, 32, 32, 5)
-    ours = pipeline.vae.decode(latents)
+    ours = pipeline.parts.whole_vae.decode(latents)
     distance = float((ours - decoded).abs().max())
     print(f"frames in [-1, 1]: max diff {distance:.2e}")
     assert distance <= 1e-3

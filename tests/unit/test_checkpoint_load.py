@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from runtime.checkpoint import Checkpoint, load_weights, open_checkpoint
 from runtime.checkpoint.convert import Recipe, quantize_state_dict, write_layout
+from runtime.checkpoint.files import read_header, read_pieces
 from runtime.checkpoint.names import Kind
 from runtime.errors import WeightsError
 from runtime.linear import Fp8Linear, Int8Linear, swap_linears
@@ -149,3 +150,15 @@ def test_a_transposed_pickle_loads(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path / "t5.pth", "text_encoder")
     assert checkpoint.tensors[name].offset is None
     assert torch.equal(loaded(checkpoint, torch.float32).state_dict()[name], source[name])
+
+
+@pytest.mark.parametrize("most", [1, 4, 24, 1000])
+def test_a_tensor_in_pieces_is_the_tensor(tmp_path: Path, most: int) -> None:
+    table = torch.randn(7, 5).bfloat16()
+    save_file({"x": table}, tmp_path / "a.safetensors")
+    info = read_header(tmp_path / "a.safetensors")["x"]
+    joined = torch.zeros(35, dtype=torch.bfloat16)
+    for first, piece in read_pieces(info, most):
+        assert piece.nbytes <= max(most, 2)
+        joined[first : first + len(piece)] = piece
+    assert torch.equal(joined.view(7, 5), table)

@@ -14,6 +14,8 @@ MODEL_FILES = ("transformer", "text_encoder", "vae", "sampler")
 STORY = {f"runtime.{name}" for name in (*MODEL_FILES, "tokenizer", "video", "pipeline", "loading")}
 TORCH_FREE = (
     *("errors", "schema", "profiles", "device", "request", "tokenizer"),
+    *("memory.machine", "memory.ram", "memory.pinning", "memory.disk"),
+    *("memory.plan", "memory.planning", "memory.exhausted", "memory.allocator"),
     *("lightx2v.config", "lightx2v.keys", "lightx2v.rules", "weights"),
 )
 

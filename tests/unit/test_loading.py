@@ -77,16 +77,6 @@ def test_a_missing_part_names_the_places(tiny_checkpoint: Path, tmp_path: Path) 
     assert loading.open_files(manifest, where).vae.path == partial / "Wan2.1_VAE.pth"
 
 
-def test_the_profile_says_where_parts_rest() -> None:
-    profile = load_profile("cpu")
-    here = profile.model_copy(
-        update={"text_encoder": profile.text_encoder.model_copy(update={"stay_on_gpu": True})}
-    )
-    away = profile.model_copy(update={"vae": profile.vae.model_copy(update={"stay_on_gpu": False})})
-    assert loading.home_devices(here, "cuda:0")[0] == "cuda:0"
-    assert loading.home_devices(away, "cuda:0")[1] == "cpu"
-
-
 def test_a_variant_directory_alone_finds_what_lies_beside_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     variant = tmp_path / "weights" / "distill_int8"
     variant.mkdir(parents=True)

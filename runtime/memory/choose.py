@@ -1,0 +1,209 @@
+"""Filling a budget: which ring, slots, blocks, slices and rung; pure arithmetic.
+
+More memory of any kind never gives a slower plan. So what is taken only for want of memory (short slices, one
+slot) goes without resident blocks, and RAM is cached in only beside the longest ring.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+
+from runtime.layers.tiles import WHOLE, Rung
+from runtime.memory.account import (
+    CHUNK,
+    CHUNKS,
+    FEW_CHUNKS,
+    SLOTS,
+    TOKEN_SLICES,
+    Choice,
+    Inputs,
+    Ring,
+    Text,
+    Wish,
+    decode_slowdown,
+    decoding,
+    device_parts,
+    host_bytes,
+    pass_seconds,
+)
+from runtime.memory.costs import MIB
+from runtime.memory.decode_costs import rungs
+
+BEFORE_DECODE = ("text", "entry", "denoise")
+
+
+class DoesNotFitError(Exception):
+    """`phase` needs `needed` bytes of `what` (vram or ram), more than the budget has."""
+
+    def __init__(self, what: str, phase: str, needed: int, excess: int) -> None:
+        super().__init__(what, phase, needed)
+        self.what, self.phase, self.needed, self.excess = what, phase, needed, excess
+
+
+def choose(inputs: Inputs, wish: Wish) -> Choice:
+    """The decisions for `inputs`. Raises DoesNotFitError when even the leanest are too much."""
+    choice = _leanest_start(inputs)
+    usual = choice.token_slice == _slices(inputs)[0]
+    if inputs.device == "cpu":
+        # There the ring takes the same memory as the blocks, and what fits is simply there: nothing visits.
+        wish = Wish(text_stays=True)
+        usual = usual and choice.ring.chunks == FEW_CHUNKS[0]
+    if usual:
+        choice = _with_residents(inputs, choice)
+    if not choice.slots:
+        choice = _with_stays(inputs, choice, wish)
+    return with_cache(inputs, _with_rung(inputs, choice))
+
+
+def exceeds(
+    inputs: Inputs, choice: Choice, phases: Sequence[str] = (*BEFORE_DECODE, "decode")
+) -> DoesNotFitError | None:
+    """Where `choice` exceeds the budget most, in `phases`; None if it fits."""
+    parts = device_parts(inputs, choice)
+    host = host_bytes(inputs, choice, parts)
+    asked = [phase for phase in phases if phase in parts]
+    needs = [("ram", phase, host[phase], inputs.budget.ram) for phase in asked]
+    if inputs.device == "cuda":
+        needs += [("vram", phase, sum(parts[phase].values()), inputs.budget.vram) for phase in asked]
+    over = [DoesNotFitError(what, phase, n, n - have) for what, phase, n, have in needs if n > have]
+    return max(over, key=lambda fault: fault.excess, default=None)
+
+
+def _rings(inputs: Inputs) -> list[Ring]:
+    """Rings to try, the best first. A pinned one is not longer than what can be pinned."""
+    chunk = _chunk(inputs)
+    if inputs.device == "cuda":
+        pinned = [n for n in (CHUNKS, *FEW_CHUNKS) if n * chunk <= inputs.budget.pinned]
+        if pinned:
+            return [Ring(chunk, n, pinned=True) for n in pinned]
+    return [Ring(chunk, n, pinned=False) for n in FEW_CHUNKS]
+
+
+def _chunk(inputs: Inputs) -> int:
+    """Bytes of a chunk: no more than a whole block of a small model and what its reading rounds up to."""
+    largest = max(inputs.sizes.blocks.stored, inputs.sizes.text.stored)
+    return min(CHUNK, (largest // MIB + 2) * MIB)
+
+
+def _slices(inputs: Inputs) -> tuple[int | None, ...]:
+    """Slices of tokens to try, the usual first: on the CPU all tokens at once."""
+    return TOKEN_SLICES if inputs.device == "cuda" else (None, *TOKEN_SLICES)
+
+
+def _leanest_start(inputs: Inputs) -> Choice:
+    """No resident and no cached block; the longest ring and slices that fit."""
+    text: Text = "streamed" if inputs.job.encode_text else "known"
+    slots = min(SLOTS, inputs.sizes.blocks.count)
+    fault = None
+    for number, slices in ((slots, _slices(inputs)), (1, TOKEN_SLICES[-1:])):
+        for ring in _rings(inputs):
+            for token_slice in slices:
+                choice = Choice(ring, text, 0, 0, number, token_slice, WHOLE)
+                fault = exceeds(inputs, choice, BEFORE_DECODE)
+                if fault is None:
+                    return choice
+    assert fault is not None
+    raise fault
+
+
+def _with_residents(inputs: Inputs, choice: Choice) -> Choice:
+    """As many resident blocks as fit, and no slots if that is all of them."""
+    count = inputs.sizes.blocks.count
+    every = replace(choice, resident=count, slots=0)
+    if exceeds(inputs, every, BEFORE_DECODE) is None:
+        return every
+    low, high = 0, count - choice.slots
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = exceeds(inputs, replace(choice, resident=middle), BEFORE_DECODE) is None
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return replace(choice, resident=low)
+
+
+def _with_stays(inputs: Inputs, choice: Choice, wish: Wish) -> Choice:
+    """The text encoder and the VAE stay if they are wanted and all fits together, the fastest decode
+    included.
+    """
+    texts: list[Text] = ["resident"] if wish.text_stays and choice.text == "streamed" else []
+    for text in (*texts, choice.text):
+        for vae in (True, False) if wish.vae_stays else (False,):
+            together = replace(choice, text=text, vae_stays=vae, rung=WHOLE, release=False)
+            if exceeds(inputs, together) is None:
+                return together
+    return choice
+
+
+def _with_rung(inputs: Inputs, choice: Choice) -> Choice:
+    """The fastest rung that fits when the blocks leave; they stay if it fits beside them."""
+    alone = replace(choice, rung=WHOLE, release=True)
+    if exceeds(inputs, alone, ("decode",)) is not None:
+        alone = replace(alone, rung=_tiled(inputs, alone))
+    beside = replace(alone, release=False)
+    return beside if exceeds(inputs, beside, ("decode",)) is None else alone
+
+
+def _tiled(inputs: Inputs, choice: Choice) -> Rung:
+    """The fastest rung that fits. Raises DoesNotFitError when not even the leanest does."""
+    ladder = rungs(inputs.job.height, inputs.job.width)  # a tenth of a second, so only where it is needed
+    faults = {rung: exceeds(inputs, replace(choice, rung=rung), ("decode",)) for rung in ladder}
+    fitting = [rung for rung, fault in faults.items() if fault is None]
+    if not fitting:
+        fault = faults[min(ladder, key=lambda rung: decoding(inputs, rung))]
+        assert fault is not None
+        raise fault
+    return min(fitting, key=lambda rung: decode_slowdown(inputs, rung))
+
+
+def with_cache(inputs: Inputs, choice: Choice) -> Choice:
+    """As many cached blocks as fit in RAM, as long as that is no slower than reading them from the disk."""
+    choice = replace(choice, cached=0)
+    if inputs.device == "cpu":
+        return choice
+    # Beside the longest ring, whichever it is: that more may be pinned takes no block out of the cache.
+    longest = Ring(_chunk(inputs), CHUNKS, pinned=False)
+    streamed = inputs.sizes.blocks.count - choice.resident
+    best, seconds = choice, inf
+    for cached in range(streamed + 1):
+        candidate = replace(choice, cached=cached)
+        if exceeds(inputs, replace(candidate, ring=longest), ("denoise", "decode")) is not None:
+            break
+        terms = pass_seconds(inputs, candidate, stored=streamed - cached, cached=cached, copied=streamed)
+        if max(terms.values()) <= seconds:
+            best, seconds = candidate, max(terms.values())
+    return best
+
+
+# ----------------------------------------------------------------------------------------------------- leaner
+
+
+def leaner(inputs: Inputs, choice: Choice, phase: str) -> list[Choice]:
+    """What may be tried when memory ran out in `phase`, least change first; not each takes less."""
+    if phase == "decode":
+        now = decoding(inputs, choice.rung)
+        ladder = rungs(inputs.job.height, inputs.job.width)
+        smaller = [rung for rung in ladder if decoding(inputs, rung) < now]
+        released = [replace(choice, release=True)] if not choice.release else []
+        return [*released, *_leaving(choice), *(replace(choice, rung=rung, release=True) for rung in smaller)]
+    slices: list[Choice] = []
+    if phase == "denoise":
+        tokens = inputs.job.video.tokens
+        now = min(choice.token_slice or tokens, tokens)
+        slices = [replace(choice, token_slice=n) for n in TOKEN_SLICES if n < now]
+    return slices + _leaving(choice) + _fewer_blocks(inputs, choice)
+
+
+def _leaving(choice: Choice) -> list[Choice]:
+    """The same without what only stays for the next video."""
+    without_text = replace(choice, text="streamed") if choice.text == "resident" else choice
+    ways = [without_text] if choice.text == "resident" else []
+    return [*ways, replace(without_text, vae_stays=False)] if choice.vae_stays else ways
+
+
+def _fewer_blocks(inputs: Inputs, choice: Choice) -> list[Choice]:
+    """Half the resident blocks, and half of those ..., then one slot."""
+    count, resident = inputs.sizes.blocks.count, choice.resident
+    ways = []
+    while resident:
+        resident //= 2
+        ways.append(replace(choice, resident=resident, slots=min(SLOTS, count - resident)))
+    return [*ways, replace(choice, resident=0, slots=1)]

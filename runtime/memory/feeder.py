@@ -1,0 +1,323 @@
+"""The threads behind a stream: readers fill chunks of the ring, one copier sends them on, in order.
+
+    files, cache --readers--> chunks --copier, one lane--> slots and resident buffers --main thread--> blocks
+
+What comes when, and why nothing can deadlock, is in `visits`.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.memory.lane import Lane
+from runtime.memory.ring import Chunk, Ring
+from runtime.memory.source import ReadStopped
+from runtime.memory.stored import PieceReader, StoredBlock, split
+from runtime.memory.trace import Trace
+from runtime.memory.visits import Epoch, Home, Task
+
+JOIN_SECONDS = 0.7  # how long `stop` waits for a thread that hangs in a read
+
+
+class Feeder:
+    """Brings blocks to the device ahead of the main thread. Only `stream.BlockStream` uses it.
+
+    The main thread calls `begin`, then `take` and `release` for each block in order; `expect` says how many
+    passes are to come.
+    """
+
+    def __init__(
+        self, blocks: Sequence[StoredBlock], reader: PieceReader, ring: Ring, lane: Lane, readers: int
+    ) -> None:
+        self.blocks, self.reader, self.ring, self.lane = blocks, reader, ring, lane
+        self.slots: list[Home] = []
+        self.residents: dict[int, Home] = {}
+        self.trace: Trace | None = None
+        self.waits, self.wait_seconds, self.copied_bytes = 0, 0.0, 0
+        self._pieces = [split(block, ring.capacity) for block in blocks]
+        self._readers = readers
+        self._threads: list[threading.Thread] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._copying = False
+        self._filled: dict[int, tuple[Task, Chunk, Tensor]] = {}  # read, not yet on their way
+        self.epoch = Epoch(self._pieces, self.residents, self.slots, None)
+
+    # ---- the main thread
+
+    def begin(self) -> Epoch:
+        """A pass begins: its epoch, for `take` and `release`. Raises what a reader failed with meanwhile."""
+        with self._changed:
+            self._raise_failure()
+            self.lane.begin()
+            if self.epoch.broken or self.epoch.preloading:  # left half way
+                self._rewind()
+            epoch = self.epoch
+            epoch.paused = False
+            if epoch.allowed is not None:
+                epoch.allowed = max(epoch.allowed, epoch.passes + 1)
+        self.start()
+        return epoch
+
+    def start(self) -> None:
+        """Fetch ahead from now on."""
+        if self._stopping:
+            raise RuntimeError("this stream of blocks is closed")
+        self.ring.claim(self)
+        with self._changed:
+            self.epoch.paused = False
+            if not self._threads:
+                self._spawn()
+            self._changed.notify_all()
+
+    def expect(self, passes: int | None) -> None:
+        """`passes` more passes will come after those that have begun; None: fetch ahead without end."""
+        with self._changed:
+            begun = self.epoch.passes + self.epoch.broken
+            self.epoch.allowed = None if passes is None else begun + passes
+            self._changed.notify_all()
+
+    def take(self, epoch: Epoch, index: int) -> Home:
+        """Wait until block `index` is on its way, and let what is computed next wait for its last byte."""
+        with self._changed:
+            if epoch is not self.epoch:
+                raise RuntimeError("these blocks are iterated anew, or were placed anew, during an iteration")
+            self._raise_failure()
+            home = self.residents.get(index)
+            if home is None:
+                home, number = epoch.next_slot(), epoch.released
+                self._wait_for(lambda: number < epoch.ready, epoch, index)
+                epoch.held = index
+            else:
+                resident = home
+                self._wait_for(lambda: resident.loaded, epoch, index)
+            epoch.taken += 1
+            copied = home.copied
+            if index in self.residents:
+                home.copied = None  # waited for once and for all
+        if copied is not None:
+            self.lane.before_compute(copied)
+        return home
+
+    def release(self, epoch: Epoch, index: int) -> None:
+        """Block `index` is computed, as far as the main thread goes: its slot may be filled anew."""
+        with self._changed:
+            if epoch is not self.epoch or epoch.held != index:
+                return  # an iteration that was overtaken, or a resident
+            epoch.next_slot().free = self.lane.after_compute()
+            epoch.held = None
+            epoch.released += 1
+            self._changed.notify_all()
+
+    def load_residents(self, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Wait until every resident block is on its way to the device. Not in the middle of a pass."""
+        with self._changed:
+            self._raise_failure()
+            self._rewind(preloading=True)
+            epoch, homes = self.epoch, dict(self.residents)
+        self.start()
+        for index, home in homes.items():
+            with self._changed:
+                self._wait_for(lambda home=home: home.loaded, epoch, index)  # type: ignore[misc]
+            if on_bytes is not None:
+                on_bytes(self.blocks[index].stored_bytes)
+        with self._changed:
+            self._rewind()
+
+    def place(self, residents: dict[int, Home], slots: list[Home]) -> None:
+        """Other buffers from now on; returns when nothing writes to the old ones any more."""
+        with self._changed:
+            self._failure = None  # whatever it was, it was about the blocks as they were placed
+            self._rewind()
+            self.lane.settle()
+            self.residents, self.slots = residents, slots
+            self._rewind()
+
+    def drop_ahead(self) -> None:
+        """Another stream needs the ring: drop what was fetched ahead, fetch nothing until the next pass."""
+        with self._changed:
+            self._rewind()
+            self.epoch.paused = True
+
+    def stop(self) -> bool:
+        """End the threads and all copies; idempotent. False if a thread hangs in a read: it ends with that.
+
+        A thread that hangs keeps its chunk and nothing else.
+        """
+        with self._changed:
+            patience = 0.0 if self._stopping else JOIN_SECONDS  # once is enough
+            self._stopping = True
+            last, self.epoch = self.epoch, Epoch(self._pieces, {}, [], 0)
+            self._drop_filled()
+            self._changed.notify_all()
+        self.ring.wake()
+        deadline = time.monotonic() + patience
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self.lane.settle()
+        last.end()
+        self.residents, self.slots = {}, []
+        return not self._threads
+
+    def _wait_for(self, ready: Callable[[], bool], epoch: Epoch, index: int) -> None:
+        """Wait, lock held, until `ready()`; raises a thread's failure, RuntimeError when the epoch ends."""
+        if ready():
+            return
+        began = time.perf_counter()
+        mark = self.trace.mark_host() if self.trace is not None else None
+        while not ready():
+            self._raise_failure()
+            if self._stopping or epoch is not self.epoch:
+                raise RuntimeError("this stream of blocks was closed or placed anew while one was waited for")
+            self._changed.wait()
+        self.waits += 1
+        self.wait_seconds += time.perf_counter() - began
+        if self.trace is not None and mark is not None:
+            self.trace.add("wait", str(index), mark, self.trace.mark_host())
+
+    def _raise_failure(self) -> None:
+        """Raise what a thread failed with, once; the epoch is over then."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            self._rewind()
+            raise failure
+
+    def _rewind(self, preloading: bool = False) -> None:
+        """End the epoch (lock held): drop what is on its way; slots are free after what computes now."""
+        old = self.epoch
+        allowed = None if old.allowed is None else max(0, old.allowed - old.passes)
+        self.epoch = Epoch(self._pieces, {}, [], 0)  # nothing happens in it while the lock is let go
+        while self._copying:
+            self._changed.wait()
+        old.end()
+        self._drop_filled()
+        self.epoch = Epoch(self._pieces, self.residents, self.slots, allowed, preloading)
+        for slot in self.slots:
+            slot.free = self.lane.after_compute()
+        self._changed.notify_all()
+
+    def _drop_filled(self) -> None:
+        for _, chunk, _ in self._filled.values():
+            self.ring.release(chunk)
+        self._filled.clear()
+
+    # ---- the threads
+
+    def _spawn(self) -> None:
+        for number, work in enumerate([self._copy] + [self._read] * self._readers):
+            name = f"weights-{f'read-{number}' if number else 'copy'}"
+            # Daemons: a thread that hangs in a read must not keep the process from ending.
+            thread = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Repeat a thread's work until the end, handing every failure to the main thread."""
+        with torch.inference_mode():  # buffers are written here whatever mode the main thread is in
+            entered = False
+            while not self._stopping:
+                try:
+                    if not entered:
+                        self.lane.enter()
+                        entered = True
+                    work()
+                except BaseException as error:  # noqa: BLE001 - raised again by the main thread
+                    self._fail(error, self.epoch)
+
+    def _fail(self, error: BaseException, epoch: Epoch) -> None:
+        """Leave a failure to the main thread; one of an epoch that is over concerns nobody."""
+        with self._changed:
+            if epoch is self.epoch and self._failure is None:
+                self._failure = error
+            self._changed.notify_all()
+            while self._failure is not None and not self._stopping:
+                self._changed.wait()
+
+    def _read(self) -> None:
+        """One reader's round: a chunk, the next piece, its bytes."""
+        # A round is a call, so that a thread which waits for the next one holds on to no buffer.
+        with self._changed:
+            while not self._stopping and (self._failure is not None or self.epoch.peek() is None):
+                self._changed.wait()
+        chunk = None if self._stopping else self.ring.acquire(lambda: self._stopping)
+        if chunk is None:
+            return
+        with self._changed:  # only with a chunk in hand: the earliest piece must never be without one
+            task = self.epoch.pop() if self._failure is None and not self._stopping else None
+        if task is None:
+            self.ring.release(chunk)
+        else:
+            self._fill(task, chunk)
+
+    def _fill(self, task: Task, chunk: Chunk) -> None:
+        """Read one piece into the chunk; it is the copier's then, or back in the ring."""
+        trace = self.trace
+        begin = trace.mark_host() if trace is not None else None
+        kept = False
+        try:
+            data = self.reader.fill(task.visit.index, task.piece, chunk, lambda: task.epoch is not self.epoch)
+            if trace is not None and begin is not None:
+                trace.add("read", str(task.visit.index), begin, trace.mark_host())
+            with self._changed:
+                if task.epoch is self.epoch:
+                    self._filled[task.number] = (task, chunk, data)
+                    kept = True
+                    self._changed.notify_all()
+        except ReadStopped:
+            return
+        except Exception as error:  # noqa: BLE001 - raised again by the main thread
+            self._fail(error, task.epoch)
+        finally:
+            if not kept:
+                self.ring.release(chunk)
+
+    def _can_copy(self) -> bool:
+        """Whether the next piece in order is read and its slot is released, lock held."""
+        if self._failure is not None or self.epoch.copied not in self._filled:
+            return False
+        number = self._filled[self.epoch.copied][0].visit.number
+        return number is None or number < self.epoch.released + len(self.slots)
+
+    def _copy(self) -> None:
+        """The copier's round: the next piece in order, as soon as it is read and its slot released."""
+        with self._changed:
+            while not self._stopping and not self._can_copy():
+                self._changed.wait()
+            if self._stopping:
+                return
+            task, chunk, data = self._filled.pop(self.epoch.copied)
+            self.epoch.copied += 1
+            self._copying = True
+        event: Any = None
+        try:
+            event = self._send(task, data)
+        finally:
+            self.ring.release(chunk, event)
+            with self._changed:  # only here, where nothing knows the buffer any more: it may be about to go
+                self._copying = False
+                self._changed.notify_all()
+
+    def _send(self, task: Task, data: Tensor) -> Any:
+        """Copy one piece; the last of a visit makes its block ready. Returns the event of the copy."""
+        home, piece, trace = task.epoch.home_of(task.visit), task.piece, self.trace
+        target = home.buffer[piece.position : piece.position + piece.nbytes]
+        event, times = self.lane.copy(target, data, home.free, trace)
+        home.free = None  # the lane is in order: one wait covers what follows
+        if trace is not None and times is not None:
+            trace.add("copy", str(task.visit.index), *times)
+        with self._changed:
+            self.copied_bytes += piece.nbytes
+            task.visit.left -= 1
+            if task.visit.left == 0 and task.epoch is self.epoch:
+                home.copied = event
+                if task.visit.number is None:
+                    home.loaded = True
+                else:
+                    task.epoch.ready += 1
+        return event

@@ -1,0 +1,148 @@
+"""Which block comes next, into which buffer: the bookkeeping of a stream, without threads.
+
+A visit is one coming of a block to the device. Visits of blocks that stream are numbered and go to the
+slots in turn, visit v to slot v mod n; v may be copied once the main thread has released visit v - n. A
+resident block has one visit, into its lasting buffer. Readers take the pieces of the visits in order, so
+the earliest piece that is not copied yet always has a chunk, and whatever waits waits for something
+earlier: there is no deadlock, with one chunk, one slot or many readers.
+
+An epoch is a run of visits without a break. A pass that is left half way, a failure or another placement ends
+it; the next pass begins another.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from runtime.memory.stored import Layout, Piece
+
+
+@dataclass(eq=False)
+class Home:
+    """A buffer on the device: a slot, or the lasting place of one resident block."""
+
+    buffer: Tensor  # (nbytes,) uint8
+    free: Any  # event from which on it may be written
+    loaded: bool = False  # residents: all copies are enqueued
+    copied: Any = None  # event of the last copy
+    views: dict[Layout, tuple[Tensor, ...]] = field(default_factory=dict)  # of the buffer, as blocks want it
+
+
+@dataclass(eq=False)
+class Visit:
+    """One coming of block `index` to the device; `number` among those to slots, None for a resident."""
+
+    index: int
+    number: int | None
+    left: int  # pieces that are not copied yet
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One piece of one visit; `number` orders the pieces of an epoch."""
+
+    epoch: "Epoch"
+    number: int
+    visit: Visit
+    piece: Piece
+
+
+class Epoch:
+    """The visits of one epoch, planned one at a time. Its fields belong to the feeder's lock.
+
+    pieces: of each block. allowed: passes of this epoch that may be fetched; None: no end is known.
+    preloading: fetch the resident blocks and nothing else.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[Sequence[Piece]],
+        residents: Mapping[int, Home],
+        slots: Sequence[Home],
+        allowed: int | None,
+        preloading: bool = False,
+    ) -> None:
+        self.pieces, self.residents, self.slots = pieces, residents, slots
+        self.allowed = allowed
+        self.paused = False  # another stream has the ring
+        self.taken = 0  # blocks that the main thread has taken
+        self.held: int | None = None  # the block in a slot that it computes
+        self.released = 0  # visits to slots that are computed
+        self.ready = 0  # visits to slots whose copies are all enqueued
+        self.copied = 0  # pieces that are given to the lane
+        self.preloading = preloading
+        self._visits = self._at = self._count = 0  # visits to slots, blocks and pieces that are planned
+        self._planned: set[int] = set()  # residents that this epoch has seen to
+        self._tasks: deque[Task] = deque()
+
+    @property
+    def passes(self) -> int:
+        """Passes that are done."""
+        return self.taken // len(self.pieces)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a pass was left half way."""
+        return bool(self.taken % len(self.pieces)) or self.held is not None
+
+    def next_slot(self) -> Home:
+        """The slot of the block that streams next in the main thread."""
+        return self.slots[self.released % len(self.slots)]
+
+    def home_of(self, visit: Visit) -> Home:
+        """Where a visit of this epoch goes to."""
+        if visit.number is None:
+            return self.residents[visit.index]
+        return self.slots[visit.number % len(self.slots)]
+
+    def end(self) -> None:
+        """Let go of everything: whoever still knows this epoch must not keep its buffers."""
+        self.residents, self.slots = {}, ()
+        self._tasks.clear()
+
+    def peek(self) -> Task | None:
+        """The next piece to read, None when nothing is to be fetched now."""
+        while not self._tasks:
+            visit = None if self.paused else self._next_visit()
+            if visit is None:
+                return None
+            for piece in self.pieces[visit.index]:
+                self._tasks.append(Task(self, self._count, visit, piece))
+                self._count += 1
+        return self._tasks[0]
+
+    def pop(self) -> Task | None:
+        """The same, and it is the caller's to read."""
+        return self._tasks.popleft() if self.peek() is not None else None
+
+    def _next_visit(self) -> Visit | None:
+        """Plan one visit more."""
+        if self.preloading:
+            return next((visit for i in self.residents if (visit := self._resident(i)) is not None), None)
+        count = len(self.pieces)
+        while self.allowed is None or self._at < self.allowed * count:
+            index = self._at % count
+            if index not in self.residents:
+                if not self.slots:
+                    return None  # nothing is placed
+                self._at += 1
+                self._visits += 1
+                return Visit(index, self._visits - 1, len(self.pieces[index]))
+            if len(self._planned) == count:
+                return None  # all blocks are resident: there is no end of passes to plan
+            self._at += 1
+            visit = self._resident(index)
+            if visit is not None:
+                return visit
+        return None
+
+    def _resident(self, index: int) -> Visit | None:
+        """The one visit of a resident block, unless it is there or on its way."""
+        if index in self._planned:
+            return None
+        self._planned.add(index)
+        loaded = self.residents[index].loaded
+        return None if loaded else Visit(index, None, len(self.pieces[index]))
