@@ -85,6 +85,9 @@ def denoise(
         if sampler == "lcm" and sigma_next > 0:
             fresh = draw_noise(latents.shape, generator).to(latents.device)
             latents = lcm_step(latents, velocity, sigma, sigma_next, fresh)
+            del fresh
         else:  # at sigma' = 0 both rules give x0
             latents = euler_step(latents, velocity, sigma, sigma_next)
+        # A tensor that outlives its step would lie in the middle of the next one's memory.
+        del velocity
         yield latents

@@ -262,9 +262,11 @@ class Transformer(nn.Module):
         del qkv
 
         def head(x: Tensor) -> Tensor:
-            return self.head(x, condition.time.unsqueeze(1)).float()  # (B, L, pt·ph·pw·C)
+            return self.head(x, condition.time.unsqueeze(1)).float()
 
-        return self._unpatchify(in_slices(head, x, step=self.token_slice), grid)
+        patches = in_slices(head, x, step=self.token_slice)  # (B, L, pt·ph·pw·C)
+        del x  # before anything that outlives this forward is made: it would lie in the middle of free memory
+        return self._unpatchify(patches, grid)
 
     def _workspace(self, x: Tensor) -> Sequence[Tensor] | None:
         """Queries, keys and values of all blocks in turn; None where each makes its own.

@@ -100,9 +100,7 @@ def tune_w8a8(
 
         return once
 
-    found = configs.candidates(
-        torch.cuda.get_device_capability(device), dtype, launch.HAS_DESCRIPTORS
-    )
+    found = configs.candidates(torch.cuda.get_device_capability(device), dtype, launch.HAS_DESCRIPTORS)
     by_name = {str(config): config for config in found}
     timings = time_candidates({name: checked(config) for name, config in by_name.items()})
     return [(by_name[timing.name], timing) for timing in timings]

@@ -7,7 +7,7 @@ layer is given no more of it than the layers that follow still need. What is lef
 every number in it is what the whole picture gives: nothing is blended and there are no seams.
 
 Layers that look at single pixels may also go through a picture in bands of rows, so that their intermediate
-values stay small.
+values stay small, where no kernel does all of it in one pass.
 
 Pure arithmetic, along one axis at a time, without torch: the decode works by it and its costs are counted by
 it.
@@ -19,9 +19,8 @@ from itertools import pairwise
 from typing import Protocol
 
 BAND_BYTES = 32 << 20
-"""What a layer that goes by bands may take for its intermediate values: so little that they stay in the
-second
-level cache of the larger cards, so much that the launches of kernels do not dominate."""
+"""What a layer that goes by bands may take for its intermediate values: next to nothing beside a decode, and
+on an H200 as fast as any from 16 MiB to 1 GiB."""
 
 EVERYWHERE = 1 << 30
 """The reach of a layer that sees the whole frame."""

@@ -23,7 +23,7 @@ handles."""
 VRAM_MARGIN = 192 * MIB
 """Free GPU memory that the plan leaves alone: a desktop that draws while a video is made."""
 
-RESERVED_FIXED = 64 * MIB
+RESERVED_FIXED = 160 * MIB
 """Memory that torch reserves beyond live tensors, whatever their size: the workspace of matrix products
 (32 MiB on Hopper, 8 elsewhere) and the last, partly used page of each pool."""
 
@@ -50,7 +50,7 @@ INTEGER_SUMS = 8
 
 # --------------------------------------------------------------------------------------------- host constants
 
-PROCESS_CUDA = 1300 * 10**6
+PROCESS_CUDA = 1450 * 10**6
 """Resident memory of a process with torch and CUDA's libraries that has done nothing yet."""
 
 PROCESS_CPU = 260 * 10**6
@@ -62,11 +62,11 @@ RAM_MARGIN = 512 * MIB
 HOST_SLACK = 64 * MIB
 """Headers of the files, tokenizer, Python's own growth during a run."""
 
-ENCODER_FRAMES = 60
-"""Frames that the mp4 encoder holds: its lookahead, references and threads."""
+ENCODER_BASE = 16 * MIB
+"""The mp4 encoder's memory for the smallest picture (`runtime.video_writer`, a test compares)."""
 
-ENCODER_PIXEL = 4
-"""Bytes per pixel of such a frame: RGB in, YUV planes, motion search."""
+ENCODER_PIXEL = 144
+"""Bytes per pixel of a picture that it holds: lookahead, references, threads."""
 
 # -------------------------------------------------------------------------------------------- time constants
 
@@ -80,14 +80,14 @@ FUSED_PASSES = {"fp8": 88.0, "int8": 88.0, "bf16": 56.0}
 TEXT_EFFICIENCY = 0.3
 """Share of the speed of large products that those of a few hundred tokens get."""
 
-DECODE_EFFICIENCY = 0.23
-"""Share of the bf16 products' speed that the VAE's convolutions get: 246 TFLOP in 1.55 s on the H200."""
+DECODE_EFFICIENCY = 0.42
+"""Share of the bf16 products' speed that the VAE's convolutions get: 246 TFLOP in 0.85 s on the H200."""
 
 DECODE_FLOPS = 7.7e6 / 96**2
 """Operations per pixel of a frame and base_dim^2: 27-tap convolutions at full, half, quarter resolution."""
 
-MP4_SECONDS = 9.3e-8
-"""Encoding a pixel: 3.0 s for 81 frames of 480x832 on the H200's host."""
+MP4_SECONDS = 2.1e-8
+"""Encoding a pixel: 0.67 s for 81 frames of 480x832 on the H200's host."""
 
 START_SECONDS = 4.0
 """From the command to the first read of weights with CUDA: Python, torch, the context."""
@@ -208,9 +208,8 @@ def text_activations(sizes: ModelSizes) -> int:
 
 
 def host_frames(video: Geometry) -> int:
-    """RAM for the frames: 8-bit RGB twice (pieces and the whole), and what the mp4 encoder holds."""
-    encoder = min(video.frames, ENCODER_FRAMES) * video.height * video.width * ENCODER_PIXEL
-    return 2 * 3 * video.pixels + encoder
+    """RAM for the frames, 8-bit RGB, and what the mp4 encoder holds (`runtime.video_writer`)."""
+    return 3 * video.pixels + ENCODER_BASE + ENCODER_PIXEL * video.height * video.width
 
 
 # ------------------------------------------------------------------------------------------------------ time

@@ -11,11 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("runtime", "entrypoint", "demo", "profiles")
 MODEL_FILES = ("transformer", "text_encoder", "vae", "sampler")
-STORY = {f"runtime.{name}" for name in (*MODEL_FILES, "tokenizer", "video", "pipeline", "loading")}
+STORY = {
+    f"runtime.{name}"
+    for name in (*MODEL_FILES, "tokenizer", "video", "video_writer", "pipeline", "loading", "parts", "frames")
+}
 TORCH_FREE = (
     *("errors", "schema", "profiles", "device", "request", "tokenizer"),
     *("memory.machine", "memory.ram", "memory.pinning", "memory.disk"),
-    *("memory.plan", "memory.planning", "memory.exhausted", "memory.allocator"),
+    *("memory.plan", "memory.planning", "memory.exhausted", "memory.allocator", "memory.decode_costs"),
+    *("layers.tiles", "whole_file"),
     *("lightx2v.config", "lightx2v.keys", "lightx2v.rules", "weights"),
 )
 
@@ -34,7 +38,7 @@ FORBIDDEN: dict[str, set[str]] = {
 NOT_IN_A_MODEL = {
     *("os", "pathlib", "logging", "io", "sys", "json", "safetensors", "subprocess"),
     *(f"runtime.{name}" for name in ("checkpoint", "linear", "memory", "device", "profiles", "schema")),
-    *("runtime.loading", "runtime.pipeline", "runtime.request", "runtime.video"),
+    *("runtime.loading", "runtime.pipeline", "runtime.request", "runtime.video", "runtime.video_writer"),
 }
 FORBIDDEN |= {f"runtime.{name}": NOT_IN_A_MODEL for name in MODEL_FILES}
 
