@@ -21,9 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from runtime.kernels.launch import fused
+from runtime.kernels.configs import chosen
+from runtime.kernels.launch import LOWEST, capability, trouble
 from runtime.kernels.row_quantize import row_quantize
-from runtime.kernels.w8a8 import w8a8
+from runtime.kernels.w8a8 import w8a8, w8a8_triton
 from runtime.linear.module import QuantizedLinear, first_working, forced, pad_rows, rescale
 from runtime.linear.quantize import INT8, Format, quantize_rows
 
@@ -104,13 +105,15 @@ def _device_way(device: torch.device) -> str:
 def _try_fused(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 512, generator=generator).bfloat16().to(device)
-    if not fused(x, torch.int8):
+    # Not `fused`, which also says whether kernels are wanted now: the answer here is for the whole process.
+    if capability(device) < LOWEST[torch.int8] or trouble(device) is not None:
         return False
     weight = torch.randint(-128, 128, (384, 512), generator=generator, dtype=torch.int8).to(device)
     weight_scale = torch.rand(384, 1, generator=generator).add_(0.5).to(device)
     bias = torch.randn(384, generator=generator).to(device)
     q, scale = quantize_rows(x, INT8)
-    y = w8a8(q, weight, scale, weight_scale, bias, torch.float32)
+    config = chosen(device, torch.int8, *weight.shape)
+    y = w8a8_triton(q, weight, scale, weight_scale, bias, torch.float32, False, False, config)
     expected = rescale(exact_product(q, weight), scale, weight_scale, bias)
     return torch.allclose(y, expected, rtol=1e-5, atol=1e-3)  # an exact sum, then three fp32 roundings
 
