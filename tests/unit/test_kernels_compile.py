@@ -207,6 +207,9 @@ def test_the_default_product_compiles_to_eight_bit_tensor_cores(arch: int, form:
     if not found:
         assert form == "e4m3" and arch < 89
         return
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+    if old and arch == 120 and form == "e4m3":
+        pytest.skip("this Triton multiplies e4m3 in 16 bit on sm_120; the engine takes torch's product there")
     plain = found[0]
     descriptors = next((config for config in found if config.descriptors), None)
     for config in (plain, descriptors):
