@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from entrypoint.events import emit, tell
-from runtime.errors import DeviceError, FourstepError, OutOfMemoryError, OutputError
+from runtime.errors import DeviceError, FourstepError, OutOfMemoryError, OutputError, first_sentence
 from runtime.memory.exhausted import is_out_of_memory
 
 INTERRUPTED = 130
@@ -90,8 +90,8 @@ def understand(error: BaseException) -> Failure:
         return Failure(
             DeviceError.exit_code,
             "DeviceError",
-            f"The GPU or its driver failed ({_first_line(error)}); see whether nvidia-smi works and run it "
-            "again, or run it with --device cpu.",
+            f"The GPU or its driver failed ({first_sentence(error)}); see whether nvidia-smi works and run "
+            "it again, or run it with --device cpu.",
         )
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
@@ -103,7 +103,7 @@ def understand(error: BaseException) -> Failure:
     return Failure(
         INTERNAL,
         "InternalError",
-        f"internal error, {type(error).__name__}: {_first_line(error)}; this is a bug: run it again with "
+        f"internal error, {type(error).__name__}: {first_sentence(error)}; this is a bug: run it again with "
         "--debug and report what it prints.",
     )
 
@@ -135,9 +135,3 @@ def _how_to_go_on(kept: RunFailedError) -> str:
         return f"the latents are kept; to make the video from them: {command}"
     done = f" after step {kept.step} of {kept.steps}" if kept.step else ""
     return f"the run is kept{done}; to go on with it: {command}"
-
-
-def _first_line(error: BaseException) -> str:
-    """The first sentence of torch's messages, which go on for a paragraph about its allocator."""
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0] if lines else ""

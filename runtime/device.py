@@ -161,11 +161,6 @@ def torch_cuda() -> tuple[int, int] | None:
 # ------------------------------------------------------------------------------------------- what to use
 
 
-def resolve_device(asked: str, profile: Profile) -> str:
-    """`auto`, `cuda`, `cuda:N` or `cpu` -> `cuda:N` or `cpu`; see `select_device`."""
-    return select_device(asked, profile)[1]
-
-
 def select_device(asked: str, profile: Profile) -> tuple[Profile, str]:
     """The device to run on, `cuda:N` or `cpu`, and the profile for it (the shipped `auto` is replaced).
 

@@ -51,3 +51,13 @@ class OutOfMemoryError(FourstepError):
     """Out of memory in spite of the plan (exit 7)."""
 
     exit_code = 7
+
+
+def first_sentence(error: object) -> str:
+    """The first sentence of a message, for libraries that say more; the type's name if it is empty.
+
+    Of torch's out of memory the second too, which says how much was asked for.
+    """
+    sentences = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")
+    more = [one for one in sentences[1:2] if one.startswith("Tried to allocate")]
+    return ". ".join([sentences[0], *more])

@@ -102,20 +102,6 @@ def open_files(manifest: ModelManifest, directory: Path) -> ModelFiles:
     return files
 
 
-def load_transformer(
-    checkpoint: Checkpoint,
-    manifest: ModelManifest,
-    device: str,
-    dtype: torch.dtype,
-    on_bytes: OnBytes | None = None,
-) -> Transformer:
-    """The denoiser, with the quantized Linears that its file holds, on `device`."""
-    sizes = _agreed_sizes(checkpoint, manifest.transformer)
-    with on_meta():
-        model = Transformer(TransformerConfig(**sizes))
-    return _fill(model, checkpoint, device, dtype, on_bytes, Transformer.FP32_PARAMETERS)
-
-
 def load_text_encoder(
     checkpoint: Checkpoint,
     manifest: ModelManifest,
@@ -233,15 +219,8 @@ def _agreed_sizes(checkpoint: Checkpoint, pinned: Any | None) -> dict[str, Any]:
 
 
 def _fill(
-    model: Model,
-    checkpoint: Checkpoint,
-    device: str,
-    dtype: torch.dtype,
-    on_bytes: OnBytes | None,
-    fp32_parameters: tuple[str, ...] = (),
+    model: Model, checkpoint: Checkpoint, device: str, dtype: torch.dtype, on_bytes: OnBytes | None
 ) -> Model:
     swap_linears(model, checkpoint.quantized_linears())
-    load_weights(
-        model, checkpoint, dtype=dtype, device=device, fp32_parameters=fp32_parameters, on_bytes=on_bytes
-    )
+    load_weights(model, checkpoint, dtype=dtype, device=device, on_bytes=on_bytes)
     return model.eval().requires_grad_(False)

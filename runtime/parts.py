@@ -139,6 +139,7 @@ class PlannedParts(Parts):
 
     def _load(self, plan: Plan, on_bytes: OnBytes | None) -> None:
         files, manifest = self._files, self._manifest
+        self._encoder = None  # of an attempt that ran out of memory
         home = self.device if plan.vae_stays else "cpu"
         self.whole_vae = loading.load_vae(files.vae, manifest, home, self._vae_dtype, on_bytes, encoder=False)
         if plan.text == "resident":

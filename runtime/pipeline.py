@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,16 +22,15 @@ from runtime import loading
 from runtime.check import check_latents
 from runtime.checkpoint import Checkpoint
 from runtime.device import confirm_device, gpu_of, select_device
-from runtime.errors import OutOfMemoryError
+from runtime.errors import first_sentence
+from runtime.fitting import Fitting, Planner
 from runtime.frames import Decoding
 from runtime.layers.tiles import WHOLE, Rung
 from runtime.memory import allocator
-from runtime.memory.change import change
 from runtime.memory.exhausted import is_out_of_memory
 from runtime.memory.machine import look
-from runtime.memory.plan import Job, Plan
+from runtime.memory.plan import Plan
 from runtime.memory.planning import job_of, plan_run
-from runtime.memory.visit import give_back
 from runtime.parts import Parts, PlannedParts
 from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile
 from runtime.provenance import fingerprints, versions
@@ -39,15 +38,13 @@ from runtime.request import CheckedRequest, Request, check
 from runtime.resume import ResumePoint, check_point, restore
 from runtime.sampler import denoise, draw_noise, schedule, timestep
 from runtime.schema import ModelManifest, Profile
-from runtime.stages import LoadProgress, OnStage, PhaseClock, Stage
+from runtime.stages import OnStage, PhaseClock, Stage
 from runtime.text_states import TextCache, encoder_digest
 from runtime.tokenizer import PromptTokenizer, Tokens
 from runtime.transformer import Condition
 from runtime.video import RECORD_FORMAT, Video
 
 __all__ = ["Pipeline", "Stage"]
-
-Done = TypeVar("Done")
 
 
 class _Text(NamedTuple):
@@ -70,7 +67,7 @@ class Pipeline:
         parts: Parts,
         provenance: dict[str, Any] | None = None,
         texts: TextCache | None = None,
-        planner: Callable[[Job], Plan] | None = None,
+        planner: Planner | None = None,
     ) -> None:
         """`texts` holds states that need no encoder; without `planner` the parts stay as they are."""
         self.manifest = manifest
@@ -80,10 +77,7 @@ class Pipeline:
         self.parts = parts
         self.provenance = provenance or {}
         self.texts = texts
-        self.planner = planner
-        self.plan: Plan | None = None
-        self.stepped_down: list[str] = []  # what was made leaner after an out-of-memory, in words
-        self._notes: list[str] = []
+        self.fitting = Fitting(parts, planner)
 
     @classmethod
     def load(
@@ -196,19 +190,21 @@ class Pipeline:
         text = self._text(checked, tokens, start)
         point = text.point
         stage = clock.stage(1, 1, point.text_states.nbytes)
-        yield replace(stage, tokens=tokens, point=point, notes=(*text.notes, *self._take_notes()))
+        yield replace(stage, tokens=tokens, point=point, notes=(*text.notes, *self.fitting.take_notes()))
 
         clock.begin("denoise", point.step)
         for point in self.denoise(text.point, checked):
             assert point.latents is not None
             check_latents(point.latents, point.step, checked.steps)
             stage = clock.stage(point.step, checked.steps, point.latents.nbytes)
-            yield replace(stage, latents=point.latents, point=point, notes=self._take_notes())
+            yield replace(stage, latents=point.latents, point=point, notes=self.fitting.take_notes())
         assert point.latents is not None
 
         clock.begin("decode")
         for piece, decoding in self.decode(point.latents[None]):
-            yield replace(clock.stage(piece, decoding.pieces, decoding.nbytes), notes=self._take_notes())
+            yield replace(
+                clock.stage(piece, decoding.pieces, decoding.nbytes), notes=self.fitting.take_notes()
+            )
         frames = decoding.frames  # (F, H, W, 3)
 
         timings = {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()}
@@ -216,7 +212,10 @@ class Pipeline:
         video = Video(frames, checked.fps, record)
         yield Stage("done", 1, 1, sum(clock.seconds.values()), frames.nbytes, video=video)
 
-    # ---------------------------------------------------------------------------------------------- memory
+    @property
+    def plan(self) -> Plan | None:
+        """Where everything lies; None for parts that nobody planned."""
+        return self.fitting.plan
 
     def _prepare(
         self,
@@ -225,57 +224,9 @@ class Pipeline:
         on_stage: OnStage | None = None,
         text_known: bool = False,
     ) -> None:
-        """Plan for `request`, unless the present plan is for such a one, and place the parts by it."""
-        if self.planner is None:
-            return
-        known = text_known or (request.guidance == 1 and self.known_text(request.prompt))
-        job = job_of(request, encode_text=not known)
-        if self.plan is not None and job == self.plan.job:
-            return
-        plan = self.planner(job)
-        if on_plan is not None:
-            on_plan(plan)
-        first, self.plan = self.plan is None, plan
-        progress = LoadProgress(self.parts.load_bytes(plan), on_stage) if first else None
-        self._within_memory("denoise", lambda: self.parts.follow(self._planned, progress))
-        if progress is not None:
-            progress.done()
-
-    @property
-    def _planned(self) -> Plan:
-        assert self.plan is not None
-        return self.plan
-
-    def _within_memory(self, phase: str, run: Callable[[], Done]) -> Done:
-        """run(), again with a leaner plan whenever memory runs out; OutOfMemoryError after the leanest."""
-        while True:
-            try:
-                return run()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = _first_sentence(error)
-            # Outside of the handler, whose traceback would keep alive what the attempt had allocated.
-            self._step_down(phase, reason)
-
-    def _step_down(self, phase: str, reason: str) -> None:
-        """Take on the next leaner plan for `phase`; OutOfMemoryError where there is none."""
-        give_back(self.device)
-        leaner = None if self.plan is None else self.plan.lower(phase)
-        if leaner is None:
-            raise OutOfMemoryError(
-                f"Memory ran out in the {phase} phase ({reason}) and there is no leaner way left: ask for a "
-                "smaller --height and --width or fewer --frames, or close what else uses the GPU."
-            )
-        leaner_by = change(self._planned, leaner)
-        self.stepped_down.append(f"{phase}: {leaner_by}")
-        self._notes.append(f"memory ran out in the {phase} phase ({reason}); going on with {leaner_by}.")
-        self.plan = leaner
-        self.parts.follow(leaner)
-
-    def _take_notes(self) -> tuple[str, ...]:
-        notes, self._notes = tuple(self._notes), []
-        return notes
+        """Place the parts for `request`. With guidance the negative prompt may be unknown."""
+        known = request.guidance == 1 and (text_known or self.known_text(request.prompt))
+        self.fitting.prepare(job_of(request, encode_text=not known), on_plan, on_stage)
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -285,7 +236,7 @@ class Pipeline:
 
     def _text(self, request: CheckedRequest, tokens: Tokens, start: ResumePoint | None) -> _Text:
         """The point before the first step, or `start`, with all text states that the request needs."""
-        dim = self._text_dim
+        dim = self.parts.text_dim
         if start is None:
             known = self._cached(tokens)
             source = "computed" if known is None else "cached"
@@ -319,16 +270,12 @@ class Pipeline:
                 states = encoder(batch, torch.ones_like(batch, dtype=torch.bool))  # (1, n, text_dim)
                 return states[0].cpu()
 
-        return self._within_memory("text", encode)
-
-    @property
-    def _text_dim(self) -> int:
-        return self.parts.text_dim
+        return self.fitting.within("text", encode)
 
     def _cached(self, tokens: Tokens) -> Tensor | None:
         if self.texts is None:
             return None
-        return self.texts.find(tokens.ids[: tokens.n], self._text_dim)
+        return self.texts.find(tokens.ids[: tokens.n], self.parts.text_dim)
 
     def _padded(self, states: Tensor) -> Tensor:
         """Rows (n, text_dim) -> (1, text_len, text_dim) on the device, with rows of zeros at the end."""
@@ -359,7 +306,7 @@ class Pipeline:
 
         def forward(latents: Tensor, condition: Condition) -> Tensor:
             run = partial(self.parts.transformer.velocity, latents, condition)
-            return self._within_memory("denoise", run)
+            return self.fitting.within("denoise", run)
 
         def velocity_of(latents: Tensor, t: float) -> Tensor:
             velocity, *away = (forward(latents, condition) for condition in conditions[t])
@@ -379,7 +326,7 @@ class Pipeline:
         if start.negative_states is not None:
             texts.append(self._padded(start.negative_states))
         steps = torch.tensor(times, device=self.device)[:, None]  # (S, 1)
-        of_texts = self._within_memory("denoise", lambda: self.parts.conditions(steps, texts))
+        of_texts = self.fitting.within("denoise", lambda: self.parts.conditions(steps, texts))
         return [*zip(*of_texts, strict=True)]
 
     # ---------------------------------------------------------------------------------------------- frames
@@ -401,8 +348,8 @@ class Pipeline:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = _first_sentence(error)
-            self._step_down("decode", reason)
+                reason = first_sentence(error)
+            self.fitting.step_down("decode", reason)
 
     def record(self, request: CheckedRequest, tokens: Tokens) -> dict[str, Any]:
         """What the mp4 says of its own making: enough to make it again, and to know with what."""
@@ -418,7 +365,7 @@ class Pipeline:
             "dtype": self.profile.dtype,
             "vae_dtype": self.profile.vae.dtype,
             **({} if self.plan is None else {"plan": self.plan.as_dict()["placement"]}),
-            **({"stepped_down": self.stepped_down} if self.stepped_down else {}),
+            **({"stepped_down": self.fitting.stepped_down} if self.fitting.stepped_down else {}),
             **self.provenance,
         }
 
@@ -433,8 +380,3 @@ def how_computed(device: str, profile: Profile) -> str:
 def _text_cache(directory: Path, encoder: Checkpoint, device: str, profile: Profile) -> TextCache:
     digest = encoder_digest(fingerprints(encoder.files))
     return TextCache(directory, digest, how_computed(device, profile))
-
-
-def _first_sentence(error: BaseException) -> str:
-    """Of torch's messages, which go on for a paragraph about its allocator."""
-    return str(error).strip().split(". ")[0].splitlines()[0] if str(error).strip() else type(error).__name__

@@ -27,7 +27,8 @@ from runtime.checkpoint.names import Kind
 from runtime.checkpoint.report import SLICE_ELEMENTS, LayerError, measure, unchanged
 from runtime.checkpoint.write import stream_pickle, write_json, write_safetensors
 from runtime.errors import WeightsError
-from runtime.linear.quantize import FORMATS, FP8, Format, dequantize, quantize_weight, to_format
+from runtime.kernels.row_quantize import to_levels
+from runtime.linear.quantize import FORMATS, FP8, Format, dequantize, quantize_weight
 
 Layout = Literal["blocks", "single", "pickle"]
 Read = Callable[[str], tuple[Tensor, Tensor | None]]  # name -> the tensor, and its scale if it is quantized
@@ -250,7 +251,7 @@ def _quantize_whole(weight: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, T
     """ComfyUI's fp8: one scale () for the matrix."""
     absmax = weight.abs().amax().float()
     scale = (torch.where(absmax == 0, torch.ones_like(absmax), absmax) / FP8.qmax).to(scale_dtype)
-    return to_format(weight, scale.float(), FP8), scale
+    return to_levels(weight, scale.float(), FP8.dtype), scale
 
 
 def _by_block(names: Iterable[str]) -> dict[str, list[str]]:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.kernels.launch import fused, jit, on, row_parts, rows_of, tl, warps_for
-from runtime.kernels.row_quantize import row_quantize_torch
+from runtime.kernels.launch import fused, jit, tl
+from runtime.kernels.row_quantize import launch_rows, row_quantize_torch
 from runtime.kernels.rows import absmax_bits, quantized, row_scale
 
 
@@ -36,25 +36,7 @@ def gelu_quantize_torch(h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def gelu_quantize_triton(h: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
     """The kernel; `warps` 0 takes the number that suits F."""
-    rows = rows_of(h, "h")
-    count, width = rows.shape
-    q = torch.empty(h.shape, dtype=dtype, device=h.device)
-    scale = torch.empty((*h.shape[:-1], 1), dtype=torch.float32, device=h.device)
-    main, tail = row_parts(width)
-    if count:
-        with on(h):
-            _gelu_quantize_kernel[(count,)](
-                rows,
-                q,
-                scale,
-                WIDTH=width,
-                MAIN=main,
-                TAIL=tail,
-                INTEGER=dtype == torch.int8,
-                num_warps=warps or warps_for(width),
-                enable_fp_fusion=True,
-            )
-    return q, scale
+    return launch_rows(_gelu_quantize_kernel, h, dtype, warps, fuse=True)
 
 
 @jit

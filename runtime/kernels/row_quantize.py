@@ -11,6 +11,8 @@ with NaN or infinity is NaN again after q*s in both.
 # mypy: allow-untyped-defs
 # (Triton reads the signatures of its kernels itself: annotations there are its own.)
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,20 +28,39 @@ def row_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (row_quantize_triton if fused(x, dtype) else row_quantize_torch)(x, dtype)
 
 
-def row_quantize_torch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The formula in plain torch."""
-    qmax = QMAX[dtype]
-    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True).float().clamp_min(FLOOR)
-    # By a tensor: CUDA turns a division by a number into a product with its rounded reciprocal.
-    scale = absmax / torch.full_like(absmax, qmax)
-    q = x.float() / scale
+def row_quantize_torch(x: Tensor, dtype: torch.dtype, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
+    """The formula in plain torch; `floor` stands for a smaller largest entry."""
+    scale = row_scales(x, dtype, floor)
+    return to_levels(x, scale, dtype), scale
+
+
+def row_scales(x: Tensor, dtype: torch.dtype, floor: float = FLOOR) -> Tensor:
+    """fp32 scale of each row of x (..., K) -> (..., 1)."""
+    # the infinity norm is absmax in one pass, without a copy of x
+    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True).float().clamp_min(floor)
+    # Divided by a tensor: CUDA turns a division by a number into a product with its rounded reciprocal, whose
+    # last bit differs from the CPU's, and then entries between two levels go the other way.
+    return absmax / torch.full_like(absmax, QMAX[dtype])
+
+
+def to_levels(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """saturate(round(x / scale)) in the 8-bit dtype, divided in fp32; x (..., K), scale (..., 1)."""
+    q = x / scale  # the fp32 scale promotes it, with no fp32 copy of x
     if dtype == torch.int8:
-        q = q.round_()
-    return q.clamp_(-qmax, qmax).to(dtype), scale
+        q = q.round_()  # ties to even
+    # The cast rounds ties to even. Above 448 older torch casts to NaN (e4m3 has no infinity): saturate first.
+    return q.clamp_(-QMAX[dtype], QMAX[dtype]).to(dtype)
 
 
 def row_quantize_triton(x: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
     """The kernel; `warps` 0 takes the number that suits K."""
+    return launch_rows(_row_quantize_kernel, x, dtype, warps, fuse=False)
+
+
+def launch_rows(
+    kernel: Any, x: Tensor, dtype: torch.dtype, warps: int, *, fuse: bool
+) -> tuple[Tensor, Tensor]:
+    """Run a kernel that makes 8-bit rows and their scales of the rows of x; fuse: multiply-adds may be."""
     rows = rows_of(x)
     count, width = rows.shape
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -47,7 +68,7 @@ def row_quantize_triton(x: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[
     main, tail = row_parts(width)
     if count:
         with on(x):
-            _row_quantize_kernel[(count,)](
+            kernel[(count,)](
                 rows,
                 q,
                 scale,
@@ -56,7 +77,7 @@ def row_quantize_triton(x: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[
                 TAIL=tail,
                 INTEGER=dtype == torch.int8,
                 num_warps=warps or warps_for(width),
-                enable_fp_fusion=False,
+                enable_fp_fusion=fuse,
             )
     return q, scale
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ACTIVATION_FLOOR = 1e-30  # any number that divides safely: the scale stays a normal fp32 number
+from runtime.kernels.launch import E4M3, FLOOR, QMAX
+from runtime.kernels.row_quantize import row_quantize_torch, row_scales, to_levels
+
 WEIGHT_FLOOR = 1e-5  # of LightX2V's converter, so that files written here equal files written there
 
 
@@ -31,36 +33,17 @@ class Format:
     integer: bool
 
 
-FP8 = Format("fp8", torch.float8_e4m3fn, 448.0, integer=False)
-INT8 = Format("int8", torch.int8, 127.0, integer=True)
+FP8 = Format("fp8", E4M3, QMAX[E4M3], integer=False)
+INT8 = Format("int8", torch.int8, QMAX[torch.int8], integer=True)
 FORMATS = {"fp8": FP8, "int8": INT8}
 
 
-def row_scales(x: Tensor, form: Format, floor: float = ACTIVATION_FLOOR) -> Tensor:
-    """fp32 scale of each row of x (..., K) -> (..., 1)."""
-    # the infinity norm is absmax in one pass, without a copy of x
-    absmax = torch.linalg.vector_norm(x, ord=float("inf"), dim=-1, keepdim=True).float().clamp_min(floor)
-    # Divided by a tensor: CUDA turns a division by a number into a product with its rounded reciprocal, whose
-    # last bit differs from the CPU's, and then entries between two levels go the other way.
-    return absmax / torch.full_like(absmax, form.qmax)
-
-
-def to_format(x: Tensor, scale: Tensor, form: Format) -> Tensor:
-    """saturate(round(x / scale)) in the format's dtype, divided in fp32; x (..., K), scale (..., 1)."""
-    q = x / scale  # the fp32 scale promotes it, with no fp32 copy of x
-    if form.integer:
-        q = q.round_()  # ties to even
-    # The cast rounds ties to even. Above 448 older torch casts to NaN (e4m3 has no infinity): saturate first.
-    return q.clamp_(-form.qmax, form.qmax).to(form.dtype)
-
-
-def quantize_rows(x: Tensor, form: Format, floor: float = ACTIVATION_FLOOR) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, form: Format, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
     """Quantize each row of x (..., K), floating: (q (..., K) of the format's dtype, scale (..., 1) fp32).
 
     A row with NaN or infinity gives NaN again after scaling, so checks downstream see it.
     """
-    scale = row_scales(x, form, floor)
-    return to_format(x, scale, form), scale
+    return row_quantize_torch(x, form.dtype, floor)
 
 
 def quantize_weight(
@@ -71,10 +54,10 @@ def quantize_weight(
     The entries are divided by the scale as it is stored, so a coarse scale_dtype adds no error of its own to
     weight * scale. (LightX2V's converter divides in the source's dtype; here it is fp32 always.)
     """
-    scale = row_scales(weight, form, WEIGHT_FLOOR).to(scale_dtype)
+    scale = row_scales(weight, form.dtype, WEIGHT_FLOOR).to(scale_dtype)
     # fp16 has no room for the floor's scale: such a row takes the smallest scale that there is, 2^-24.
     scale = torch.where(scale == 0, 2.0**-24, scale).to(scale_dtype)
-    return to_format(weight, scale.float(), form), scale
+    return to_levels(weight, scale.float(), form.dtype), scale
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,8 +1,6 @@
 """Eight-bit attention through cuDNN with no card: the passes around it, and what is asked of its graphs."""
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,6 +17,7 @@ from runtime.kernels import launch
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, cudnn_fp8
 from tests.live_memory import peak_of
+from tests.unit.interpreter import in_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -73,13 +72,7 @@ def distance(out: Tensor, expected: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter_every_pass_is_its_twin() -> None:
-    file = Path(__file__).with_name("attention_quantize_in_interpreter.py")
-    command = [sys.executable, "-m", "pytest", str(file), "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    in_interpreter("attention_quantize_in_interpreter.py")
 
 
 SPREAD = {"x": "*bf16", "parts": "*fp32", "rows": "i32", "stride": "i32", "width": "i32", "chunks": "i32"}

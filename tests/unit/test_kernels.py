@@ -1,6 +1,5 @@
 """The kernels without a card: in Triton's interpreter, compiled for every architecture, and their twins."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from runtime.layers.rope import apply_rope, rope_table
 from runtime.linear import fp8, int8
 from runtime.linear.quantize import FORMATS, quantize_rows
 from runtime.vae import ChannelNorm
+from tests.unit.interpreter import in_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -36,14 +36,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 @pytest.mark.slow
 @pytest.mark.skipif(not launch.HAS_TRITON, reason="Triton is not installed")
 def test_in_the_interpreter_every_kernel_is_its_twin() -> None:
-    file = Path(__file__).with_name("kernels_in_interpreter.py")
-    command = [sys.executable, "-m", "pytest", str(file), "-s", "-p", "no:cacheprovider", "-p", "no:warnings"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    in_interpreter("kernels_in_interpreter.py")
 
 
 # --- the twins are what the engine computes without kernels ---

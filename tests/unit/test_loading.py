@@ -10,7 +10,10 @@ from runtime.errors import WeightsError
 from runtime.linear import QuantizedLinear
 from runtime.profiles import find_model, load_manifest, load_profile
 from runtime.schema import ModelManifest
-from tests import tiny
+from runtime.transformer import Transformer
+from tests import loaded, tiny
+
+ENTRY = Transformer.ENTRY
 
 
 def manifest_of(directory: Path, **changes: object) -> tuple[ModelManifest, Path]:
@@ -24,21 +27,22 @@ def test_each_variant_loads_in_its_own_format(tiny_checkpoint: Path, variant: st
     manifest, where = manifest_of(directory)
     files = loading.open_files(manifest, where)
     read: list[int] = []
-    model = loading.load_transformer(files.transformer, manifest, "cpu", torch.float32, read.append)
     encoder = loading.load_text_encoder(files.text_encoder, manifest, "cpu", torch.float32)
-    eight_bit = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    assert len(eight_bit) == (0 if variant == "bf16" else 10 * tiny.TRANSFORMER.num_layers)
-    assert {m.form.name for m in eight_bit} <= {variant}
     assert any(isinstance(m, QuantizedLinear) for m in encoder.modules()) == (variant != "bf16")
-    assert sum(read) == files.transformer.nbytes
-    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    with loaded.transformer(files, manifest, read.append) as model:
+        eight_bit = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+        assert len(eight_bit) == (0 if variant == "bf16" else 10 * tiny.TRANSFORMER.num_layers)
+        assert {m.form.name for m in eight_bit} <= {variant}
+        assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    entry = sum(info.nbytes for name, info in files.transformer.tensors.items() if name.startswith(ENTRY))
+    assert sum(read) == files.transformer.nbytes - entry
 
 
 def test_sizes_come_from_the_tensors(tiny_checkpoint: Path) -> None:
     manifest, where = manifest_of(tiny_checkpoint)
     files = loading.open_files(manifest, where)
-    model = loading.load_transformer(files.transformer, manifest, "cpu", torch.float32)
-    assert model.config == tiny.TRANSFORMER
+    with loaded.transformer(files, manifest) as model:
+        assert model.config == tiny.TRANSFORMER
     vae = loading.load_vae(files.vae, manifest, "cpu", torch.float32)
     assert vae.config == tiny.VAE_SIZES
 
@@ -47,8 +51,9 @@ def test_a_manifest_of_other_sizes_names_both(tiny_checkpoint: Path) -> None:
     pinned = load_manifest("wan2.1-t2v-14b-4step-bf16")
     manifest, where = manifest_of(tiny_checkpoint, transformer=pinned.transformer)
     files = loading.open_files(manifest, where)
-    with pytest.raises(WeightsError, match=r"128.*5120|5120.*128"):
-        loading.load_transformer(files.transformer, manifest, "cpu", torch.float32)
+    refused = pytest.raises(WeightsError, match=r"128.*5120|5120.*128")
+    with refused, loaded.transformer(files, manifest):
+        pass
 
 
 def test_an_fp8_file_in_a_bf16_place_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -104,8 +104,19 @@ def test_a_decode_begins_again_with_smaller_tiles(
     video = stages[-1].video
     assert video is not None and whole is not None and len(calls) == 2
     assert video.metadata["stepped_down"][0].startswith("decode: ")
-    assert np.array_equal(video.frames, whole.frames) or calls[1] != calls[0]
-    assert int(np.abs(video.frames.astype(int) - whole.frames.astype(int)).max()) <= 1
+    # The first thing to go is what the transformer holds: then the rung, and with it every bit, is the same.
+    most = 0 if calls[1] == calls[0] else 1
+    assert int(np.abs(video.frames.astype(int) - whole.frames.astype(int)).max()) <= most
+
+
+def test_a_leaner_plan_that_does_not_fit_either_is_passed_over(
+    load: Callable[[], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load()
+    monkeypatch.setattr(Transformer, "velocity", failing(1, Transformer.velocity))
+    monkeypatch.setattr(pipe.parts, "follow", failing(1, pipe.parts.follow))
+    video = run(pipe)[-1].video
+    assert video is not None and len(video.metadata["stepped_down"]) == 2
 
 
 def test_what_is_no_shortage_of_memory_is_not_tried_again(

@@ -26,10 +26,10 @@ from runtime.checkpoint.noise import TABLE, Noise
 from runtime.checkpoint.published import KINDS, SynthPlan, plan_synth
 from runtime.checkpoint.synth import NOTE_FILE, synthesize
 from runtime.errors import FourstepError, OutputError, RequestError
-from runtime.loading import load_text_encoder, load_transformer, load_vae, open_files
+from runtime.loading import load_text_encoder, load_vae, open_files
 from runtime.profiles import list_manifests, load_manifest
 from runtime.schema import ModelManifest, project_root
-from tests import tiny
+from tests import loaded, tiny
 from tests.conftest import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,8 +292,7 @@ def test_the_engine_runs_on_every_layout(tmp_path: Path, name: str) -> None:
     assert not made.kept
     assert {path: (tmp_path / path).stat().st_size for path in made.files} == made.files
     files = open_files(manifest, tmp_path)
-    with torch.inference_mode():
-        transformer = load_transformer(files.transformer, manifest, "cpu", torch.float32)
+    with torch.inference_mode(), loaded.transformer(files, manifest) as transformer:
         encoder = load_text_encoder(files.text_encoder, manifest, "cpu", torch.float32)
         vae = load_vae(files.vae, manifest, "cpu", torch.float32)
         ids = torch.randint(2, 30, (1, 9))
