@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runtime.layers.activation import gelu_for
-from runtime.layers.attention import attend, attention
+from runtime.layers.attention import Attend, attend
 from runtime.layers.norm import Affine, Modulation, RMSNorm, Rows, add_norm, gated_add, norm_of
 from runtime.layers.rope import RopeTable, norm_rope, rope_table
 from runtime.layers.slices import in_slices
@@ -54,6 +54,7 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.mix: Attend = attend
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -74,6 +75,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.mix: Attend = attend
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -89,7 +91,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Rows, keys: Tensor, values: Tensor) -> Tensor:
         """x (B, L, D) and what `keys_values` gave -> (B, L, D)."""
         q = norm_rope(self.q(x), self.norm_q, self.num_heads)  # (B, L, H, D/H)
-        return self.o(attention(q, keys, values))  # (B, L, D)
+        return self.o(self.mix(q, keys, values).flatten(2))  # (B, L, D)
 
 
 class AffineNorm(nn.Module):
@@ -157,7 +159,8 @@ class Block(nn.Module):
             return gated_add(x, h, gate_ffn)
 
         q, k, v = in_slices(before, x, *rope, step=step, into=qkv)  # (B, L, H, D/H) each
-        mixed = attend(q, k, v) if qkv is None else q.copy_(attend(q, k, v))  # (B, L, H, D/H)
+        mixed = self.self_attn.mix(q, k, v)  # (B, L, H, D/H)
+        mixed = mixed if qkv is None else q.copy_(mixed)
         del q, k, v
         return in_slices(after, x, mixed, step=step, into=x)
 
@@ -220,6 +223,12 @@ class Transformer(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+
+    def use_attention(self, of_tokens: Attend, on_text: Attend) -> None:
+        """From now on tokens meet each other by `of_tokens` and the text by `on_text`; `attend` at first."""
+        for block in self.blocks.children():
+            assert isinstance(block, Block)
+            block.self_attn.mix, block.cross_attn.mix = of_tokens, on_text
 
     def forward(self, latents: Tensor, timestep: Tensor, text_states: Tensor) -> Tensor:
         """Velocity of latents (B, in_dim, T, h, w) -> (B, out_dim, T, h, w) fp32.

@@ -1,7 +1,12 @@
 """Attention: one function, which is all that the models know of it."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""softmax(q·kᵀ/√D)·v: q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D); `attend`, or what equals it."""
 
 
 def attention(
