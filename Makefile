@@ -13,7 +13,7 @@ WORKERS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-score demo-train test lint format locks clean
-.PHONY: image test-image test-torch compatibility
+.PHONY: image test-image test-torch compatibility bench-gpu
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,13 +38,26 @@ demo: $(VENV)/.runtime  ## make a video from the demo checkpoint that is in this
 	@mkdir -p $(OUT)
 	@$(BIN)/t2v generate --model demo --device cpu --prompt "$(PROMPT)" --output $(OUT)/demo.mp4 --overwrite --contact-sheet
 
-demo-score: $(VENV)/.runtime  ## score the demo checkpoint on combinations that it was not trained on (minutes on a CPU)
+demo-score: $(VENV)/.runtime  ## score the demo on combinations it was not trained on, minutes on a CPU (ATTENTION=cudnn-fp8)
+ifdef ATTENTION
+	@$(BIN)/python -m demo.quality --attention $(ATTENTION) --variant bf16
+	@$(BIN)/python -m demo.quality --attention $(ATTENTION) --variant fp8
+else
 	@$(BIN)/python -m demo.evaluate --variant bf16 --prompts 108 --at-least 0.90
 	@$(BIN)/python -m demo.evaluate --variant fp8 --prompts 108 --at-least 0.88
 	@$(BIN)/python -m demo.evaluate --variant int8 --prompts 108 --at-least 0.88
+endif
 
 demo-train: $(VENV)/.runtime  ## train the demo checkpoint again: 20 minutes on an H200 (docs/demo.md)
 	$(BIN)/python -m demo.train --out demo/weights
+
+# WEIGHTS=DIR keeps the random weights, or has others; BENCH="..." asks for something else; GPU_PYTHON=FILE is
+# the interpreter of another environment, with a CUDA build of torch.
+BENCH ?= --formats fp8,int8,bf16 --sizes 480x832x81,720x1280x81
+
+bench-gpu: $(if $(GPU_PYTHON),,$(VENV)/.runtime)  ## measure this GPU, full size, random weights: table and OUT/bench.json (docs/bench.md)
+	@mkdir -p $(OUT)
+	@$(or $(GPU_PYTHON),$(BIN)/python) -m entrypoint bench --device cuda --json $(OUT)/bench.json $(if $(WEIGHTS),--weights $(WEIGHTS)) $(BENCH)
 
 test: $(VENV)/.dev  ## every test that needs no GPU
 	$(BIN)/python -m pytest -n $(WORKERS) tests/unit tests/parity

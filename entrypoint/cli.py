@@ -17,12 +17,14 @@ import click
 from click.core import ParameterSource
 
 from entrypoint import failures
+from entrypoint.bench import bench
 from entrypoint.cache import choose_cache
 from entrypoint.convert import convert
 from entrypoint.doctor import doctor
 from entrypoint.explain import apply_config, explain
 from entrypoint.options import (
     SectionedCommand,
+    attention_option,
     cache_option,
     config_option,
     fps_option,
@@ -38,6 +40,7 @@ from entrypoint.plan import plan
 from entrypoint.rerun import rerun
 from entrypoint.resume import resume
 from entrypoint.synth import synth
+from entrypoint.tune import tune
 from entrypoint.version import version
 from entrypoint.weights import weights
 from runtime.errors import RequestError
@@ -136,6 +139,7 @@ def cli() -> None:
 @text_states_option
 @config_option
 @model_options()
+@attention_option
 @memory_options
 @cache_option
 @output_options
@@ -204,6 +208,8 @@ weights.add_command(synth)
 cli.add_command(explain)
 cli.add_command(plan)
 cli.add_command(doctor)
+cli.add_command(tune)
+cli.add_command(bench)
 cli.add_command(version)
 
 
@@ -221,7 +227,7 @@ def _where(given: dict[str, Any]) -> Any:
 
     names = ("model", "weights", "profile", "device", "output", "overwrite", "contact_sheet")
     # Not every verb has them.
-    more = ("profile_changes", "notes", "text_states", "vram", "ram")
+    more = ("profile_changes", "notes", "text_states", "vram", "ram", "attention")
     fields = {name: given[name] for name in (*names, *more) if name in given}
     return Where(**fields, cache=choose_cache(given["cache"]) if "cache" in given else None)
 
@@ -259,8 +265,8 @@ def main() -> NoReturn:
     try:
         cli.main()
     except SystemExit as ended:
-        if ended.code == failures.INTERRUPTED:
-            failures.leave_at_once(failures.INTERRUPTED)
+        if isinstance(ended.code, int):
+            failures.leave_at_once(ended.code)
         raise
 
 

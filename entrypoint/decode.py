@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from entrypoint import output
+from entrypoint.account import Account
 from entrypoint.events import Result
-from entrypoint.generate import Account, Where, save_video
+from entrypoint.generate import Where
 from entrypoint.latents import LATENTS_SUFFIX, SavedLatents, read_latents
 from entrypoint.progress import make_reporter
 from entrypoint.run_file import RUN_SUFFIX
+from entrypoint.saving import Saving
 from runtime.device import confirm_device
-from runtime.errors import RequestError
+from runtime.errors import OutputCheckError, RequestError
 from runtime.memory.exhausted import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -41,14 +43,18 @@ def decode(path: Path, where: Where, *, prefer_own_model: bool, fps: int | None,
     where = replace(where, model=models[0] or models[1] or None)
     stem = path.name.removesuffix(LATENTS_SUFFIX).removesuffix(RUN_SUFFIX)
     target = output.choose(where.output, stem, where.overwrite)
-    phases = {"load": 100, "decode": saved.latents.shape[1], "save": 1}
-    with make_reporter(phases, as_json=as_json) as reporter:
-        account = Account(reporter)
+    length = saved.latents.shape[1]
+    phases = {"load": 100, "decode": length, "save": 4 * (length - 1) + 1}
+    with (
+        make_reporter(phases, as_json=as_json) as reporter,
+        Saving(target, fps or _recorded_fps(saved), Account(reporter)) as saving,
+    ):
+        account = saving.account
         if saved.step != saved.steps:
             reporter.warn(f"{path} holds step {saved.step} of {saved.steps}: the video will show noise.")
-        manifest, frames = decode_alone(saved.latents, where, account)
-        video = _video(frames, saved, manifest, fps)
-        video_path, sheet = save_video(video, target.now(), account, contact_sheet=where.contact_sheet)
+        manifest, frames = decode_alone(saved.latents, where, saving)
+        video = _video(frames, saved, manifest, saving.fps)
+        video_path, sheet = saving.save(video, contact_sheet=where.contact_sheet)
         result = Result(
             path=video_path,
             model=manifest.name,
@@ -66,18 +72,20 @@ def decode(path: Path, where: Where, *, prefer_own_model: bool, fps: int | None,
 
 
 def decode_alone(
-    latents: "Tensor", where: Where, account: Account, rung: str | None = None
+    latents: "Tensor", where: Where, saving: Saving, rung: str | None = None
 ) -> "tuple[ModelManifest, np.ndarray]":
     """The model of `where` and the frames, uint8 (F, H, W, 3), of `latents` (16, T, h, w).
 
     The VAE's decoder alone is loaded; the other parts are not touched and need not be there. `rung`: the name
-    of that to decode on, else the fastest that fits. When memory runs out the next leaner one is taken.
+    of that to decode on, else the fastest that fits. When memory runs out the next leaner one is taken. The
+    frames go to `saving` as they are decoded.
     """
+    account = saving.account
     manifest, device, vae = _load(where, account)
     ladder = _ladder(vae, latents, device, where.vram, rung)
     for number, one in enumerate(ladder, start=1):
         try:
-            return manifest, _frames(vae, latents, device, one, account)
+            return manifest, _right_frames(vae, latents, device, one, saving)
         except Exception as error:
             if number == len(ladder) or not is_out_of_memory(error):
                 raise
@@ -142,7 +150,21 @@ def _give_back(device: str) -> None:
     give_back(device)
 
 
-def _frames(vae: "VAE", latents: "Tensor", device: str, rung: "Rung", account: Account) -> np.ndarray:
+def _right_frames(vae: "VAE", latents: "Tensor", device: str, rung: "Rung", saving: Saving) -> np.ndarray:
+    """`_frames`, on a GPU once more with plain kernels where they fail their check."""
+    from runtime.kernels.launch import twins
+
+    try:
+        return _frames(vae, latents, device, rung, saving)
+    except OutputCheckError as error:
+        if device == "cpu":  # there the kernels are plain
+            raise
+        saving.account.reporter.warn(f"{error} It is decoded again with plain kernels.")
+    with twins():
+        return _frames(vae, latents, device, rung, saving)
+
+
+def _frames(vae: "VAE", latents: "Tensor", device: str, rung: "Rung", saving: Saving) -> np.ndarray:
     """All frames, uint8 (F, H, W, 3), checked."""
     from runtime.frames import Decoding
     from runtime.stages import Stage
@@ -151,11 +173,13 @@ def _frames(vae: "VAE", latents: "Tensor", device: str, rung: "Rung", account: A
     decoding = Decoding(vae, latents[None].to(device), rung)
     for piece in decoding:
         seconds = time.perf_counter() - begun
-        account.stage(Stage("decode", piece, decoding.pieces, seconds, decoding.nbytes))
+        stage = Stage("decode", piece, decoding.pieces, seconds, decoding.nbytes)
+        saving.take(replace(stage, frames=decoding.frames, whole=decoding.whole))
+        saving.account.stage(stage)
     return decoding.frames
 
 
-def _video(frames: np.ndarray, saved: SavedLatents, manifest: "ModelManifest", fps: int | None) -> "Video":
+def _video(frames: np.ndarray, saved: SavedLatents, manifest: "ModelManifest", fps: int) -> "Video":
     from runtime.provenance import versions
     from runtime.video import Video
 
@@ -166,5 +190,9 @@ def _video(frames: np.ndarray, saved: SavedLatents, manifest: "ModelManifest", f
         "decoded_from": saved.metadata,
         "versions": versions(),
     }
+    return Video(frames, fps, metadata)
+
+
+def _recorded_fps(saved: SavedLatents) -> int:
     recorded = saved.fps if saved.fps in range(1, MAX_FPS + 1) else None  # the file may say anything
-    return Video(frames, fps or recorded or FALLBACK_FPS, metadata)
+    return recorded or FALLBACK_FPS

@@ -3,7 +3,8 @@
 With --json, stdout has one object a line:
 
     {"event": "finding", "name": str, "state": "ok"|"warn"|"fail",
-                         "found": str, "fix": str}                       fix: "" for ok
+                         "found": str, "fix": str,                       fix: "" for ok
+                         "table": [{column: str}]}                       only where there is one
     {"event": "result",  "ok": bool, "warnings": int, "failures": int}
 
 Exit code: 0 if nothing fails, 5 if torch, driver or GPU do, 3 if weights do, 2 if outputs cannot be written.
@@ -22,7 +23,7 @@ from entrypoint.table import aligned, count
 from runtime.errors import DeviceError, OutputError, WeightsError
 
 if TYPE_CHECKING:
-    from entrypoint.findings import Finding, Scene
+    from entrypoint.findings import Finding, Scene, Table
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -34,7 +35,8 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 def doctor(model: str | None, weights: Path, json: bool, debug: bool) -> None:
     """Say what is wrong with this machine, and the fix for each.
 
-    Driver, GPU and its memory, RAM, pinned memory, disk, directories and weights; 8-bit kernels are run.
+    Driver, GPU and its memory, RAM, pinned memory, disk, directories and weights; 8-bit kernels and every
+    attention are run.
     """
     found = examine(weights.expanduser(), model)
     _show(found, as_json=json)
@@ -62,6 +64,7 @@ def examine(weights: Path, model: str | None) -> "list[Finding]":
         "driver": gpu_checks.check_driver,
         "gpu": gpu_checks.check_gpus,
         "8-bit kernels": gpu_checks.check_kernels,
+        "tuning": gpu_checks.check_tuning,
         "triton": checks.check_compiler,
         "memory": checks.check_memory,
         "pinned memory": checks.check_pinning,
@@ -94,7 +97,8 @@ def _show(found: "list[Finding]", *, as_json: bool) -> None:
     warnings, failures = (sum(one.state == state for one in found) for state in ("warn", "fail"))
     if as_json:
         for one in found:
-            emit("finding", name=one.name, state=one.state, found=one.found, fix=one.fix)
+            rest = {} if one.table is None else {"table": one.table.as_dicts()}
+            emit("finding", name=one.name, state=one.state, found=one.found, fix=one.fix, **rest)
         emit("result", ok=not failures, warnings=warnings, failures=failures)
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -109,5 +113,16 @@ def _show(found: "list[Finding]", *, as_json: bool) -> None:
         state = line.split(" ", 1)[0]
         coloured = click.style(state, fg=COLOURS[state], bold=True) if state in COLOURS else state
         click.echo(coloured + line[len(state) :])
+    for table in (one.table for one in found if one.table is not None):
+        click.echo()
+        show_table(table, width)
     if not failures:
         tell(f"nothing fails, {count(warnings, 'warning')}" if warnings else "all is well")
+
+
+def show_table(table: "Table", width: int | None) -> None:
+    """On stdout; with `width` the last column is wrapped."""
+    first, *lines = aligned(table.header, table.rows, right=table.right, width=width)
+    click.secho(first, bold=True)
+    for line in lines:
+        click.echo(line)

@@ -67,7 +67,11 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
 
 
 def leave_at_once(code: int) -> None:
-    """End a process that has used the GPU without its teardown, which waits for every kernel in the queue."""
+    """End a process that has used the GPU without its teardown.
+
+    That waits for every kernel in the queue, and takes the interpreter and CUDA apart piece by piece; what a
+    run has made has its name by then.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         for stream in (sys.stdout, sys.stderr):

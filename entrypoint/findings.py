@@ -14,6 +14,20 @@ State = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
+class Table:
+    """What a finding rests on, shown below all of them. right: columns that are flush right."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: tuple[int, ...] = ()
+
+    def as_dicts(self) -> list[dict[str, str]]:
+        """For JSON: a row as header (lower case, spaces as _) -> cell."""
+        names = [name.lower().replace(" ", "_") for name in self.header]
+        return [dict(zip(names, row, strict=True)) for row in self.rows]
+
+
+@dataclass(frozen=True)
 class Finding:
     """One row. fix: what to do, in a sentence, "" for ok. error: what a failure of this kind is to a run."""
 
@@ -22,6 +36,7 @@ class Finding:
     found: str
     fix: str = ""
     error: type[FourstepError] | None = None
+    table: Table | None = None
 
 
 @dataclass(frozen=True)

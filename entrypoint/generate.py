@@ -1,7 +1,5 @@
 """One video from the shell: the cheap checks, the pipeline, the files; latents outlive a late failure."""
 
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -9,23 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from entrypoint import failures, output, surroundings
-from entrypoint.events import Peak, Reporter, Result
+from entrypoint.account import Account
+from entrypoint.events import Reporter, Result
 from entrypoint.interrupt import leaving_in_time
 from entrypoint.latents import keep_latents, latents_metadata
 from entrypoint.progress import make_reporter
 from entrypoint.run_file import RUN_SUFFIX, Job, RunFile
+from entrypoint.saving import Saving
 from entrypoint.table import count
 from entrypoint.text_file import GivenText
 from runtime.device import select_device
-from runtime.errors import OutputCheckError, OutputError
+from runtime.errors import OutputCheckError
 from runtime.memory.exhausted import is_out_of_memory
-from runtime.memory.meter import host_peak
 from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile, manifest_of
 from runtime.request import CheckedRequest, Request, check
 from runtime.schema import ModelManifest, Profile
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline, Stage
+    from runtime.pipeline import Pipeline
     from runtime.resume import ResumePoint
     from runtime.tokenizer import Tokens
     from runtime.video import Video
@@ -54,6 +53,8 @@ class Where:
     text_states: Path | None = None  # where they come from, or go to
     vram: float | None = None  # GiB, at most
     ram: float | None = None  # GiB, at most
+    attention: str = "auto"  # or the backend to begin with
+    as_before: Mapping[str, Any] | None = None  # the record of a run to compute like, where that works here
 
     def machine(self) -> tuple[Profile, str]:
         """Profile and device; RequestError, DeviceError."""
@@ -69,39 +70,6 @@ class Where:
         profile, device = self.machine()
         manifest, directory = find_model(self.model or DEFAULT_MODEL, profile, self.weights)
         return profile, device, manifest, directory
-
-
-@dataclass
-class Account:
-    """What a run has cost so far, phase by phase, and whom to tell."""
-
-    reporter: Reporter
-    begun: float = field(default_factory=time.perf_counter)
-    timings: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, Peak] = field(default_factory=dict)
-
-    def stage(self, stage: "Stage") -> None:
-        """Take note of a piece of work, and tell of it."""
-        self.timings[stage.phase] = stage.seconds
-        self.peaks[stage.phase] = Peak(host_peak(), _vram_peak(forget=stage.step == stage.steps))
-        self.reporter.stage(stage)
-
-    @property
-    def seconds(self) -> float:
-        """Since the run began."""
-        return time.perf_counter() - self.begun
-
-
-def _vram_peak(*, forget: bool) -> int | None:
-    """The peak since it was last forgotten, of the GPU that has the highest; None if none is in use."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    devices = range(torch.cuda.device_count())
-    peak = max(torch.cuda.max_memory_reserved(device) for device in devices)
-    for device in devices if forget else ():
-        torch.cuda.reset_peak_memory_stats(device)
-    return peak
 
 
 @dataclass
@@ -159,7 +127,8 @@ def generate(
     checked, chosen, summary = _check(request, where)
     stem = stem or f"{output.slug(checked.prompt)}-{checked.seed}"
     target = output.choose(where.output, stem, where.overwrite)
-    phases = {"load": 100, "text": 1, "denoise": checked.steps, "decode": checked.latent_shape[1], "save": 1}
+    phases = {"load": 100, "text": 1, "denoise": checked.steps}
+    phases |= {"decode": checked.latent_shape[1], "save": checked.frames}
     reporter = make_reporter(phases, as_json=as_json)
     reporter.start(summary)
     for note in where.notes:
@@ -168,20 +137,19 @@ def generate(
         account = Account(reporter)
         run = RunFile(_job(checked, chosen, where, target, given, save_latents=save_latents), reporter)
         run.begin(target.path.with_suffix(RUN_SUFFIX))
-        with rescuing(run, as_json=as_json) as kept:
+        with rescuing(run, as_json=as_json) as kept, Saving(target, checked.fps, account) as saving:
             with load(where, request, given.point(), account) as pipe:
                 kept.worth = True
-                video, latents = run_stages(pipe, request, run, account, given.point(), target, given)
-            result = save_result(video, target.now(), account, run.job, latents)
+                video, latents = run_stages(pipe, request, run, saving, given.point(), given)
+            result = save_result(video, saving, run.job, latents)
         run.remove()
     reporter.result(result)
 
 
-def save_result(
-    video: "Video", target: output.Target, account: Account, job: Job, latents: Path | None
-) -> Result:
+def save_result(video: "Video", saving: Saving, job: Job, latents: Path | None) -> Result:
     """Write the files of a finished run, and say what there is."""
-    path, sheet = save_video(video, target, account, contact_sheet=job.contact_sheet)
+    path, sheet = saving.save(video, contact_sheet=job.contact_sheet)
+    account = saving.account
     frames, height, width, _ = video.frames.shape
     return Result(
         path=path,
@@ -197,30 +165,6 @@ def save_result(
         latents=latents,
         contact_sheet=sheet,
     )
-
-
-def save_video(
-    video: "Video", target: output.Target, account: Account, *, contact_sheet: bool
-) -> tuple[Path, Path | None]:
-    """Write the mp4 and, if asked for, the contact sheet; returns both paths."""
-    from runtime.pipeline import Stage
-
-    begun = time.perf_counter()
-    sheet_path = target.contact_sheet  # before the video has its name, so that both get the same number
-    path = video.save(target.path, overwrite=target.overwrite)
-    sheet = _save_sheet(video, sheet_path, account.reporter) if contact_sheet else None
-    account.stage(Stage("save", 1, 1, time.perf_counter() - begun, path.stat().st_size))
-    return path, sheet
-
-
-def _save_sheet(video: "Video", path: Path, reporter: Reporter) -> Path | None:
-    from runtime.video import contact_sheet
-
-    try:
-        return contact_sheet(video.frames, path)
-    except OutputError as error:  # the video is there, which is what was asked for first
-        reporter.warn(f"there is no contact sheet: {error}")
-        return None
 
 
 def _check(request: Request, where: Where) -> tuple[CheckedRequest, Chosen, str]:
@@ -271,6 +215,7 @@ def _job(
         cache=None if where.cache is None else str(where.cache),
         vram=where.vram,
         ram=where.ram,
+        attention=where.attention,
         profile_changes=dict(where.profile_changes),
         output=str(target.path.absolute()),
         beside=True,
@@ -292,6 +237,8 @@ def load(where: Where, request: Request, start: "ResumePoint | None", account: A
         "cache": where.cache,
         "vram": where.vram,
         "ram": where.ram,
+        "attention": where.attention,
+        "as_before": where.as_before,
         "request": request,
         "text_known": start is not None,
         "on_plan": account.reporter.plan,
@@ -311,13 +258,16 @@ def run_stages(
     pipe: "Pipeline",
     request: Request,
     run: RunFile,
-    account: Account,
+    saving: Saving,
     start: "ResumePoint | None",
-    target: output.Target,
     given: GivenText | None = None,
 ) -> "tuple[Video, Path | None]":
-    """Run `request` from `start`, each point on the disk before the next; returns video and latents."""
+    """Run `request` from `start`, each point on the disk before the next; returns video and latents.
+
+    The frames go to `saving` as they are decoded.
+    """
     latents, checked, tokens = None, check(request, pipe.manifest, pipe.device), None
+    account = saving.account
     for stage in pipe.stages(request, start):
         if stage.video is not None:
             return stage.video, latents
@@ -332,7 +282,8 @@ def run_stages(
             run.know(pipe.record(checked, tokens))
             run.take(stage.point)
         if run.job.save_latents and stage.phase == "denoise" and stage.step == stage.steps:
-            latents = _save_asked(run, target.latents, account.reporter)
+            latents = _save_asked(run, saving.target.latents, account.reporter)
+        saving.take(stage)
         account.stage(stage)
     raise AssertionError("the pipeline ended without a video")
 

@@ -1,23 +1,25 @@
-"""The checks of `t2v doctor` about GPUs: driver, cards, free memory and who holds it, 8-bit products.
+"""The checks of `t2v doctor` about GPUs: driver, cards, free memory and who holds it, products and attention.
 
-The products run in a process of their own (`entrypoint.kernel_trials`): a kernel that crashes takes that one
+The last two run in a process of their own (`entrypoint.kernel_trials`): a kernel that crashes takes that one
 down, and torch is not loaded here.
 """
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from entrypoint.cache import choose_cache
 from entrypoint.checks import advice_for_no_driver
-from entrypoint.findings import Finding, Scene, fail, ok, sentence, split_advice, warn
-from entrypoint.table import size
+from entrypoint.findings import Finding, Scene, Table, fail, ok, split_advice, warn
+from entrypoint.table import count, size
+from entrypoint.trial_runs import run_trials
 from runtime.device import BLACKWELL, BLACKWELL_CUDA, Gpu, choose_profile, torch_cuda
 from runtime.errors import DeviceError
-from runtime.schema import project_root
+
+if TYPE_CHECKING:
+    from runtime.tuning_file import Attention, Product
 
 NVIDIA = "0x10de"
 DISPLAY_CLASS = "0x03"  # of PCI: display controllers, among them 3D controllers without a screen
@@ -27,7 +29,6 @@ LEAST_FREE = 4 << 30
 """Bytes below which no plan of the 14B model fits."""
 OLDEST = (7, 5)
 """Compute capability below which newer builds of torch have no kernels, and nothing here was meant to run."""
-TRIAL_SECONDS = 120
 
 
 def check_driver(scene: Scene) -> Iterator[Finding]:
@@ -145,7 +146,7 @@ def _process(pid: int) -> str:
 
 
 def check_kernels(scene: Scene) -> Iterator[Finding]:
-    """8-bit products, by running every way of each format on the card."""
+    """8-bit products and attention, by running every way of them on the card."""
     if scene.gpu is None or torch_cuda() is None:
         return
     trials = run_trials(f"cuda:{scene.gpu.index}")
@@ -153,6 +154,12 @@ def check_kernels(scene: Scene) -> Iterator[Finding]:
         fix = "See whether nvidia-smi works; update the driver, or use an image with an older CUDA."
         yield fail("8-bit kernels", f"torch cannot compute on the card ({trials['error']})", fix, DeviceError)
         return
+    yield _products(scene.gpu, trials)
+    if "attention" in trials:
+        yield _attention(trials["attention"], trials.get("tokens"))
+
+
+def _products(gpu: Gpu, trials: dict[str, Any]) -> Finding:
     words, lacking = [], []
     for form, ways in trials["ways"].items():
         working = [way for way, works in ways.items() if works]
@@ -160,41 +167,99 @@ def check_kernels(scene: Scene) -> Iterator[Finding]:
         if not working:
             lacking.append(form)
     found = "; ".join(words)
-    profile, _ = choose_profile(scene.gpu)
+    profile, _ = choose_profile(gpu)
     if profile.quantization in lacking:
         fix = f"Use bf16 weights, or another torch: no way to multiply {profile.quantization} is right."
-        yield fail("8-bit kernels", found, fix, DeviceError)
-    elif profile.quantization in trials["ways"] and _only_dequantized(trials["ways"][profile.quantization]):
+        return fail("8-bit kernels", found, fix, DeviceError)
+    if profile.quantization in trials["ways"] and _only_dequantized(trials["ways"][profile.quantization]):
         fix = "Use a newer torch, or image cu128: weights are widened before each product, which is slow."
-        yield warn("8-bit kernels", found, fix)
-    else:
-        yield ok("8-bit kernels", f"{found}; the first that works is used")
+        return warn("8-bit kernels", found, fix)
+    return ok("8-bit kernels", f"{found}; the first that works is used, or what t2v tune found faster")
 
 
 def _only_dequantized(ways: dict[str, bool]) -> bool:
     return [way for way, works in ways.items() if works] == ["dequantized"]
 
 
-def run_trials(device: str, seconds: float = TRIAL_SECONDS) -> dict[str, Any]:
-    """What `entrypoint.kernel_trials` prints, or {"error": why it did not."""
-    path = os.pathsep.join(filter(None, (str(project_root()), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "entrypoint.kernel_trials", device]
-    try:
-        done = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            check=False,
+ATTENTION = ("ATTENTION", "BITS", "DISTANCE", "MS", "HERE")
+
+
+def attention_row(
+    name: str, bits: int, distance: float | None, ms: float | None, state: str
+) -> tuple[str, ...]:
+    """A row under ATTENTION, that of `t2v tune` too; - for what nobody knows."""
+    far = "-" if distance is None else f"{distance:.4f}"
+    return name, str(bits), far, "-" if ms is None else f"{ms:.3f}", state
+
+
+def _attention(found: list[dict[str, Any]], tokens: int | None) -> Finding:
+    """Which attention is right on the card, as its trials have shown, and which is fastest."""
+    ranked = sorted(found, key=lambda one: (not one["ok"], one["ms"] is None, one["ms"] or 0.0))
+    rows = [
+        attention_row(
+            *(one["name"], one["bits"], one["distance"], one["ms"]), "right" if one["ok"] else one["reason"]
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"error": sentence(str(error)).rstrip(".")}
-    try:
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        last = done.stderr.strip().splitlines()
-        ending = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-        return {"error": f"{ending}{f', {last[-1][:200]}' if last else ''}"}
-    return found if isinstance(found, dict) else {"error": "it printed no object"}
+        for one in ranked
+    ]
+    table = Table(ATTENTION, tuple(rows), right=(1, 2, 3))
+    fast = [one for one in ranked if one["ok"] and one["bits"] <= 16]
+    if not fast:
+        words = "of all ways to compute attention only the slowest is right here"
+        fix = "Use a newer torch, or the image for this card: a video would take hours."
+        return replace(warn("attention", words, fix), table=table)
+    best = fast[0]
+    timed = "" if best["ms"] is None else f", fastest {best['name']}: {best['ms']:.2f} ms for {tokens} tokens"
+    eight = sum(one["bits"] == 8 for one in fast)
+    return replace(
+        ok("attention", f"{count(len(fast), 'way')} right here, {eight} in 8 bits{timed}"), table=table
+    )
+
+
+def check_tuning(scene: Scene) -> Iterator[Finding]:
+    """What was measured on this card before, and what gave wrong numbers."""
+    if scene.gpu is None:
+        return
+    from runtime.tuning import Store
+    from runtime.tuning_file import setting_of
+
+    cache = choose_cache(os.environ.get("T2V_CACHE") or None)
+    if cache is None:
+        yield ok("tuning", "nothing is kept (--cache none): every run measures anew")
+        return
+    store = Store(cache, setting_of(scene.gpu))
+    known = store.content
+    notes = store.take_notes()
+    table = None
+    if known.attention or known.products:
+        rows = [_size_row(one, store.avoided()) for one in known.attention]
+        rows += [_product_row(one) for one in known.products]
+        table = Table(("REMEMBERED", "USED", "MS", "SINCE"), tuple(rows), right=(2,))
+    if known.avoided:
+        words = "; ".join(f"{one.name} since {one.date}: {one.reason}" for one in known.avoided)
+        fix = "Nothing must be done; `t2v tune --forget` tries them again."
+        yield replace(warn("tuning", f"left out after wrong numbers: {words}", fix), table=table)
+    elif notes:
+        yield warn(
+            "tuning", notes[0].rstrip("."), "Run `t2v tune`, or let the next run measure what it needs."
+        )
+    elif table is None:
+        yield ok("tuning", "nothing measured yet: a run measures what it needs, t2v tune all of it")
+    else:
+        sizes, products = len(known.attention), len(known.products)
+        words = f"{count(sizes, 'size')} of attention and {count(products, 'product')} measured: {store.path}"
+        yield replace(ok("tuning", words), table=table)
+
+
+def _size_row(one: "Attention", avoided: Collection[str]) -> tuple[str, ...]:
+    heads = f"{one.heads} heads of {one.head_dim}, {one.dtype}"
+    what = f"attention, {one.tokens} tokens on {one.keys} keys ({heads})"
+    ms = next((entry.ms for entry in one.entries if entry.name == one.won), None)
+    won = f"{one.won} (left out)" if one.won in avoided else one.won
+    return what, won, "-" if ms is None else f"{ms:.2f}", one.date
+
+
+def _product_row(one: "Product") -> tuple[str, ...]:
+    tiles = "" if one.tiles is None else f" {one.tiles.rows}x{one.tiles.columns}x{one.tiles.depth}"
+    what = f"{one.dtype} product {one.depth} -> {one.columns}, {one.rows} tokens"
+    ms = one.ms.get(one.way)
+    return what, one.way + (tiles if one.way == "fused" else ""), "-" if ms is None else f"{ms:.2f}", one.date

@@ -168,8 +168,14 @@ memory_options = together(
 )
 """Ceilings for the plan; as `vram` and `ram`, float or None."""
 
+attention_option = option(
+    *(MODEL, "--attention", "auto|NAME", "The attention to begin with; `t2v doctor` lists what works here."),
+    default="auto",
+)
+"""As `attention`, checked where the backends are known (`runtime.ways.check_name`)."""
+
 cache_option = option(
-    *(MODEL, "--cache", "DIR|none", "Where text states are kept for the next run."),
+    *(MODEL, "--cache", "DIR|none", "Where text states and measurements are kept for the next run."),
     default_text="/cache, or fourstep in the user's cache",
 )
 

@@ -20,14 +20,15 @@ MARKS = {
     "embeddings": "e",
     "small tensors": ":",
     "text encoder": "t",
+    "text keys and values": "k",
     "activations": "~",
     "VAE": "v",
     "VAE and frames": "v",
     "reserve": "-",
 }
 LEGEND = (
-    "# resident blocks, = slots, t text encoder, e embeddings, ~ activations, v VAE, : other weights, "
-    "- reserve"
+    "# resident blocks, = slots, t text encoder, k its keys and values, e embeddings, ~ activations, v VAE, "
+    ": other weights, - reserve"
 )
 PIPE_WIDTH = 100  # characters, where there is no terminal to ask
 LEAST_BAR, MOST_BAR = 16, 60
@@ -85,6 +86,7 @@ def as_text(plan: Plan, subject: Subject, width: int | None = None) -> list[str]
     below = [
         ("blocks", plan.strip(min(40, width - LABEL))),
         ("", where),
+        ("text", _text(plan)),
         ("ring", f"{ring}; {size(plan.disk_bytes)} read from disk for one video"),
         ("decode", f"rung {plan.rung.name}; the blocks {'leave' if plan.release_for_decode else 'stay'}"),
         ("why", plan.reason),
@@ -92,6 +94,14 @@ def as_text(plan: Plan, subject: Subject, width: int | None = None) -> list[str]
         ("speeds", _speeds(plan, subject)),
     ]
     return lines + _labelled(width, below)
+
+
+def _text(plan: Plan) -> str:
+    """Where the blocks get keys and values of the text from."""
+    if not plan.text_kv:
+        return "its keys and values are made in each step"
+    kept = plan.parts["denoise"]["text keys and values"]
+    return f"its keys and values are made in the first step and stay: {size(kept)} (k)"
 
 
 def _about(plan: Plan, subject: Subject) -> list[tuple[str, str]]:

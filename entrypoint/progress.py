@@ -20,7 +20,7 @@ TITLES = {
     "decode": "decode",
     "save": "write video",
 }
-LOAD_LINE_SECONDS = 5.0
+LINE_SECONDS = 5.0  # between two lines of a phase of many pieces
 
 
 def make_reporter(phases: dict[str, int], *, as_json: bool) -> Reporter:
@@ -55,14 +55,16 @@ class LineReporter(HumanReporter):
 
     def __init__(self, phases: dict[str, int]) -> None:
         super().__init__(phases)
-        self._told = 0.0  # seconds into the loading, which comes in a hundred pieces
+        self._told: dict[str, float] = {}  # seconds into a phase of many pieces, when it was last told
 
     def stage(self, stage: "Stage") -> None:
         done = f"{stage.step}/{stage.steps}"
-        if stage.phase == "load":
-            if stage.step < stage.steps and stage.seconds - self._told < LOAD_LINE_SECONDS:
+        if stage.phase in ("load", "save"):
+            since = stage.seconds - self._told.get(stage.phase, 0.0)
+            if stage.step < stage.steps and since < LINE_SECONDS:
                 return
-            self._told = stage.seconds
+            self._told[stage.phase] = stage.seconds
+        if stage.phase == "load":
             done = f"{stage.step}%, {size(stage.bytes)}"
         left = f", {duration(stage.eta)} left" if stage.eta else ""
         title = TITLES.get(stage.phase, stage.phase)

@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from entrypoint.cache import choose_cache
 from entrypoint.options import (
     SectionedCommand,
+    attention_option,
     cache_option,
     latents_option,
     memory_options,
@@ -41,7 +42,7 @@ OPTIONAL_TEXTS = (
     *("dtype", "vae_dtype", "quantization"),
 )
 OPTIONAL_NUMBERS = ("guidance", "shift")
-TABLES = ("files", "versions")
+TABLES = ("files", "versions", "ways")
 
 MAX_TEXT = 4096  # characters of any text but the prompts; a path has no more
 WITHOUT_PIXELS = ("python", "safetensors")  # versions that no frame depends on
@@ -61,6 +62,7 @@ class Chosen:
 @click.command(cls=SectionedCommand)
 @click.argument("video", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @model_options(default="that of the video")
+@attention_option
 @memory_options
 @cache_option
 @output_options
@@ -74,19 +76,22 @@ def rerun(ctx: click.Context, video: Path, **given: Any) -> None:
     """
     from entrypoint.generate import Where
 
-    names = ("model", "weights", "profile", "device", "vram", "ram", "output", "overwrite", "contact_sheet")
+    machine = ("model", "weights", "profile", "device", "vram", "ram", "attention")
+    names = (*machine, "output", "overwrite", "contact_sheet")
     where = Where(**{name: given[name] for name in names}, cache=choose_cache(given["cache"]))
     # A model set for the whole machine is a default; the video knows which one made it.
     if ctx.get_parameter_source("model") == ParameterSource.ENVIRONMENT:
         where = replace(where, model=None)
     open_choice = {
-        name for name in ("profile", "device") if ctx.get_parameter_source(name) == ParameterSource.DEFAULT
+        name
+        for name in ("profile", "device", "attention")
+        if ctx.get_parameter_source(name) == ParameterSource.DEFAULT
     }
     repeat(video, where, open_choice, save_latents=given["save_latents"], as_json=given["json"])
 
 
 def repeat(video: Path, where: "Where", open_choice: set[str], *, save_latents: bool, as_json: bool) -> None:
-    """Run the record of `video`; `open_choice` are those of profile and device that nobody asked for.
+    """Run the record of `video`; `open_choice`: those of profile, device, attention that nobody asked for.
 
     Raises RequestError for a record that is none, and whatever `generate` raises.
     """
@@ -210,6 +215,8 @@ def _as_recorded(where: "Where", record: dict[str, Any], open_choice: set[str], 
         where = replace(where, device="cpu")
     if "profile" in open_choice and (profile := _recorded_profile(record, where)) is not None:
         where = replace(where, profile=profile)
+    if "attention" in open_choice:
+        where = replace(where, as_before=record)
     return where
 
 

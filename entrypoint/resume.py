@@ -14,6 +14,7 @@ from entrypoint.events import tell_warning
 from entrypoint.options import (
     OUTPUT,
     SectionedCommand,
+    attention_option,
     cache_option,
     memory_options,
     model_options,
@@ -25,8 +26,9 @@ from entrypoint.run_file import RUN_SUFFIX, Job, RunFile, in_use
 from runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from entrypoint.generate import Account, Where
+    from entrypoint.generate import Where
     from entrypoint.rerun import Chosen
+    from entrypoint.saving import Saving
     from runtime.video import Video
 
 
@@ -46,6 +48,7 @@ class Wishes:
 @click.command(cls=SectionedCommand)
 @click.argument("path", metavar="FILE|DIRECTORY", type=click.Path(exists=True, path_type=Path))
 @model_options(default="that of the run", others="that of the run")
+@attention_option
 @memory_options
 @cache_option
 @output_options
@@ -100,9 +103,11 @@ def go_on(path: Path, wishes: Wishes, *, as_json: bool) -> None:
 
 
 def _go_on(run: RunFile, path: Path, wishes: Wishes, *, as_json: bool) -> None:
-    from entrypoint.generate import Account, load, rescuing, run_stages, save_result
+    from entrypoint.account import Account
+    from entrypoint.generate import load, rescuing, run_stages, save_result
     from entrypoint.progress import make_reporter
     from entrypoint.rerun import Chosen, changed_settings, request_of
+    from entrypoint.saving import Saving
     from runtime.request import check
 
     job, step = run.job, run.step
@@ -112,7 +117,8 @@ def _go_on(run: RunFile, path: Path, wishes: Wishes, *, as_json: bool) -> None:
     target = _target(job, path, wishes)
     _refuse_other_weights(path, job, chosen, decode_only=step == job.steps, force=wishes.force)
 
-    phases = {"load": 100, "text": 1, "denoise": job.steps, "decode": checked.latent_shape[1], "save": 1}
+    phases = {"load": 100, "text": 1, "denoise": job.steps}
+    phases |= {"decode": checked.latent_shape[1], "save": checked.frames}
     if step == job.steps:
         phases = {name: pieces for name, pieces in phases.items() if name not in ("text", "denoise")}
     run.reporter = reporter = make_reporter(phases, as_json=as_json)
@@ -128,27 +134,28 @@ def _go_on(run: RunFile, path: Path, wishes: Wishes, *, as_json: bool) -> None:
         device=where.device,
         vram=where.vram,
         ram=where.ram,
+        attention=where.attention,
         output=str(target.path.absolute()),
         overwrite=target.overwrite,
         contact_sheet=where.contact_sheet,
     )
     with reporter:
         account = Account(reporter)
-        with rescuing(run, as_json=as_json) as kept:
+        with rescuing(run, as_json=as_json) as kept, Saving(target, checked.fps, account) as saving:
             kept.worth = True
             if step == job.steps:
-                video, latents = _decode(run, where, account), None
+                video, latents = _decode(run, where, saving), None
             else:
                 with load(where, request, run.point, account) as pipe:
-                    video, latents = run_stages(pipe, request, run, account, run.point, target)
+                    video, latents = run_stages(pipe, request, run, saving, run.point)
             if step:
                 video.metadata["resumed_after_step"] = step
-            result = save_result(video, target.now(), account, run.job, latents)
+            result = save_result(video, saving, run.job, latents)
         run.remove()
     reporter.result(result)
 
 
-def _decode(run: RunFile, where: "Where", account: "Account") -> "Video":
+def _decode(run: RunFile, where: "Where", saving: "Saving") -> "Video":
     """The video of a run whose steps are done: the VAE is all that it needs."""
     from entrypoint.decode import decode_alone
     from runtime.video import Video
@@ -157,8 +164,8 @@ def _decode(run: RunFile, where: "Where", account: "Account") -> "Video":
     record = run.job.record
     planned = record.get("plan")
     rung = planned.get("rung") if isinstance(planned, dict) else None  # another one has other pixels
-    _, frames = decode_alone(run.point.latents, where, account, rung)
-    timings = {phase: round(seconds, 3) for phase, seconds in account.timings.items()}
+    _, frames = decode_alone(run.point.latents, where, saving, rung)
+    timings = {phase: round(seconds, 3) for phase, seconds in saving.account.timings.items()}
     return Video(frames, record["fps"], record | {"timings": timings})
 
 
@@ -188,6 +195,8 @@ def where_of(job: Job, wishes: Wishes) -> "Where":
         cache=choose_cache(wishes.given["cache"]) if "cache" in wishes.typed else kept_cache,
         vram=wishes.of("vram", job.vram),
         ram=wishes.of("ram", job.ram),
+        attention=wishes.of("attention", job.attention),
+        as_before=None if "attention" in wishes.typed else job.record,
     )
 
 

@@ -9,7 +9,8 @@ dtype that they were computed in, until the last step; "latents" (16, T, h, w) f
 Metadata, all strings: "format" ("t2v-run"); that of kept latents, so that `t2v decode` reads it; "run", JSON:
 
     version       1
-    model, weights, profile, device, cache, vram, ram, profile_changes     as asked for, paths absolute
+    model, weights, profile, device, cache, vram, ram, attention, profile_changes
+                  as asked for, paths absolute; without attention: auto
     output        the video's path; "beside": whether the run file lies in its directory
     overwrite, contact_sheet, save_latents
     record        what the mp4 would say: the request, files with fingerprints, versions, dtypes
@@ -40,8 +41,9 @@ FORMAT = "t2v-run"
 VERSION = 1
 RUN_SUFFIX = ".run.safetensors"
 
-TEXTS = ("model", "profile", "device", "output")
+TEXTS = ("model", "profile", "device", "output", "attention")
 OPTIONAL_TEXTS = ("weights", "cache")
+ABSENT = {"attention": "auto"}  # what an older file means, which lacks it
 FLAGS = ("overwrite", "contact_sheet", "save_latents", "beside")
 CEILINGS = ("vram", "ram")
 TABLES = ("profile_changes", "record")
@@ -58,6 +60,7 @@ class Job:
     cache: str | None
     vram: float | None
     ram: float | None
+    attention: str
     profile_changes: dict[str, Any]
     output: str
     beside: bool
@@ -348,7 +351,7 @@ def _job(path: Path, content: Any) -> Job:
     fields: dict[str, Any] = {}
     for names, types in kinds:
         for name in names:
-            value = content.get(name)
+            value = content.get(name, ABSENT.get(name))
             if type(value) not in types or (name in CEILINGS and value is not None and not value > 0):
                 raise _changed(path, name, value)
             fields[name] = value

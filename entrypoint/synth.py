@@ -47,19 +47,28 @@ def synth(directory: Path, model: str, parts: str, seed: int, json: bool, debug:
     Files, names, shapes and dtypes are those of the model, so times and memory are too; videos are noise.
     What an earlier run with the same seed has finished is kept. Never among other weights.
     """
-    from runtime.checkpoint.published import plan_synth
-    from runtime.checkpoint.synth import synthesize
     from runtime.profiles import load_profile, resolve_model
-    from runtime.schema import project_root
 
     wanted = _parts(parts)
     manifest = resolve_model(model, load_profile("auto"))
-    plan = plan_synth(manifest, shapes_of(manifest, wanted))
     target = directory.expanduser()
-    tokenizer = project_root() / "demo" / "weights" / "google" / "umt5-xxl" / "tokenizer.json"
     begun = time.perf_counter()
-    with _Show(plan.model, target, as_json=json) as show:
-        made = synthesize(
+    made = write(manifest, target, wanted, seed, as_json=json)
+    _tell_result(manifest, target, seed, made, time.perf_counter() - begun, as_json=json)
+
+
+def write(
+    manifest: "ModelManifest", target: Path, parts: tuple[str, ...] = PARTS, seed: int = 0, *, as_json: bool
+) -> "Synthesized":
+    """Write random weights of a model into `target`, showing progress; RequestError, OutputError."""
+    from runtime.checkpoint.published import plan_synth
+    from runtime.checkpoint.synth import synthesize
+    from runtime.schema import project_root
+
+    plan = plan_synth(manifest, shapes_of(manifest, parts))
+    tokenizer = project_root() / "demo" / "weights" / "google" / "umt5-xxl" / "tokenizer.json"
+    with _Show(plan.model, target, as_json=as_json) as show:
+        return synthesize(
             *(plan, target),
             tokenizer=tokenizer,
             seed=seed,
@@ -67,7 +76,6 @@ def synth(directory: Path, model: str, parts: str, seed: int, json: bool, debug:
             on_bytes=show.advance,
             on_file=show.file_done,
         )
-    _tell_result(manifest, target, seed, made, time.perf_counter() - begun, as_json=json)
 
 
 def _parts(text: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from entrypoint.options import SectionedCommand, talk_options
 
 PACKAGES = (
     *("torch", "triton", "safetensors", "tokenizers", "av", "numpy", "pydantic", "huggingface_hub"),
-    *("sageattention", "q8_matmul"),
+    *("sageattention", "q8_matmul", "nvidia-cudnn-frontend"),
 )
 """Whose versions decide about a picture, a kernel or a download; what is not installed is left out."""
 

@@ -23,10 +23,11 @@ pins() { sed -n 's/ *\\$//; s/^\([a-z0-9._-]*==.*\)/\1/p' "$1"; }
 for_image() { resolve --python-platform x86_64-manylinux_2_28 --only-binary :all: "$@"; }
 
 # image TAG TORCH: what the tests run with, except where that torch asks for another version. setuptools is not
-# among our dependencies, but Triton uses it, and our own package is built with it, offline.
+# among our dependencies, but Triton uses it, and our own package is built with it, offline. cuDNN's frontend is
+# held at the release whose attention was proven on a card (an H200).
 image() {
   for_image --constraint <(pins locks/cpu.txt | grep -v '^sympy==') -o "locks/$1.txt" \
-    pyproject.toml <(printf '%s\n' "torch==$2" setuptools)
+    --constraint <(echo nvidia-cudnn-frontend==1.18.0) --extra kernels pyproject.toml <(printf '%s\n' "torch==$2" setuptools)
 }
 
 checkout -o locks/cpu.txt

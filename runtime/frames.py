@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.check import check_decoded, check_frames
+from runtime.guard import check_decoded, check_frames
 from runtime.layers.tiles import WHOLE, Rung
 from runtime.vae import VAE
 from runtime.vae_tiles import Piece, decode_pieces
@@ -15,7 +15,9 @@ from runtime.vae_tiles import Piece, decode_pieces
 class Decoding:
     """One decode of latents (1, 16, T, h, w). Iterate over it, which does the work; then `frames` is whole.
 
-    `pieces` is how often the iteration yields, and `nbytes` what there is of the video so far.
+    `pieces` is how often the iteration yields, `nbytes` what there is of the video so far, and `whole` how
+    many of its frames, from the first on, have all their pixels: these change no more. Where tiles cut the
+    picture, no frame is whole before the last tile comes to it.
 
     On a GPU the frames of a piece are fetched, by a stream of their own, when the next piece has been begun:
     so the GPU never waits for the copy, nor for the many small kernels that a piece begins with.
@@ -23,12 +25,13 @@ class Decoding:
 
     def __init__(self, vae: VAE, latents: Tensor, rung: Rung = WHOLE) -> None:
         self._vae, self._rung, self._latents = vae, rung, latents
-        self.nbytes = 0
+        self.nbytes = self.whole = 0
         _, _, count, height, width = latents.shape
         self.pieces = rung.pieces(count, height, width)
         space, time = vae.config.spatial_scale, vae.config.temporal_scale
         shape = ((count - 1) * time + 1, height * space, width * space, 3)
         self.frames = np.empty(shape, dtype=np.uint8)  # (F, H, W, 3)
+        self._missing = [height * space * width * space] * shape[0]  # pixels of each frame
 
     def __iter__(self) -> Iterator[int]:
         """The number of pieces done, after each. Raises OutputCheckError for pixels that are not finite."""
@@ -52,7 +55,7 @@ class Decoding:
                 del ready
                 done += 1
                 yield done
-        check_frames(self.frames)
+        check_frames(self.frames, self._latents)
 
     def _place(self, fetch: "_Fetch") -> None:
         """Put a piece's bytes where they belong."""
@@ -61,6 +64,10 @@ class Decoding:
         first, top, left = fetch.first, fetch.top, fetch.left
         self.frames[first : first + count, top : top + height, left : left + width] = pixels
         self.nbytes += pixels.nbytes
+        for number in range(first, first + count):
+            self._missing[number] -= height * width
+        while self.whole < len(self._missing) and not self._missing[self.whole]:
+            self.whole += 1
 
 
 class _Fetch:

@@ -154,8 +154,13 @@ def stream_transformer(
     placement: Placement,
     ring: Ring,
     on_bytes: OnBytes | None = None,
+    *,
+    preload: bool = True,
 ) -> tuple[Transformer, BlockStream]:
-    """The denoiser with its blocks placed; its entry stays on meta until `load_entry`."""
+    """The denoiser with its blocks placed; its entry stays on meta until `load_entry`.
+
+    Without `preload` the resident blocks come when the stream starts, or during the first forward.
+    """
     sizes = _agreed_sizes(checkpoint, manifest.transformer)
     with on_meta():
         model = Transformer(TransformerConfig(**sizes))
@@ -170,6 +175,7 @@ def stream_transformer(
         fp32_parameters=Transformer.FP32_PARAMETERS,
         on_bytes=on_bytes,
         later=Transformer.ENTRY,
+        preload=preload,
     )
     return model, stream
 

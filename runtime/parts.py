@@ -5,12 +5,13 @@ blocks resident, cached or read from disk each time, the text encoder through sl
 the entry of the transformer for a moment, the VAE's decoder for the decode.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from runtime import loading
+from runtime.layers.kept_text import KeptText
 from runtime.loading import DTYPES, ModelFiles, OnBytes
 from runtime.memory.allocator import cap
 from runtime.memory.plan import Blocks, Plan
@@ -31,6 +32,7 @@ class Parts:
         self.transformer = transformer
         self.whole_vae = vae
         self.device = device
+        self._kept: Sequence[KeptText] = ()
 
     @contextmanager
     def text_encoder(self) -> Iterator[TextEncoder]:
@@ -40,13 +42,34 @@ class Parts:
 
     @contextmanager
     def vae(self) -> Iterator[VAE]:
-        """The VAE on the device, for the block."""
+        """The VAE on the device, for the block; what was kept of the texts has left."""
+        self._drop_text()
         with visiting(self.whole_vae, self.device):
             yield self.whole_vae
 
     def conditions(self, timesteps: Tensor, texts: list[Tensor]) -> list[list[Condition]]:
-        """For each of `texts` (1, text_len, text_dim) the condition of every time (S, 1)."""
-        return [self.transformer.conditions(timesteps, text) for text in texts]
+        """For each of `texts` (1, text_len, text_dim) the condition of every time (S, 1).
+
+        What was kept of the texts before leaves, so whoever computes otherwise from now on calls it again. A
+        forward for each text comes first, in their order; with `Plan.text_kv` the later ones use the keys and
+        values that it has made.
+        """
+        self._drop_text()
+        made = [self.transformer.conditions(timesteps, text) for text in texts]
+        self._kept = [of_text[0].kept for of_text in made if of_text and of_text[0].kept is not None]
+        self._text_changed()
+        return made
+
+    def _drop_text(self) -> None:
+        if not self._kept:
+            return
+        for kept in self._kept:
+            kept.drop()
+        self._kept = ()
+        self._text_changed()
+
+    def _text_changed(self) -> None:
+        """Other keys and values are there now, or none."""
 
     def expect(self, forwards: int) -> None:
         """So many forwards are to come before the decode."""
@@ -62,10 +85,16 @@ class Parts:
 
     def follow(self, plan: Plan, on_bytes: OnBytes | None = None) -> None:
         """Take on a plan, the first one or another; on_bytes(n) is told what is read."""
-        self.transformer.token_slice = plan.token_slice
+        if not plan.text_kv:
+            self._drop_text()
+        self._set_out(plan)
+
+    def _set_out(self, plan: Plan) -> None:
+        self.transformer.token_slice, self.transformer.keep_text = plan.token_slice, plan.text_kv
 
     def close(self) -> None:
         """Free what is held beyond the models themselves."""
+        self._drop_text()
 
 
 class PlannedParts(Parts):
@@ -82,6 +111,7 @@ class PlannedParts(Parts):
         self._stream: BlockStream | None = None
         self._encoder: TextEncoder | None = None  # when it is resident
         self._entry_here = False
+        self._kept = ()
 
     @property
     def plan(self) -> Plan:
@@ -110,12 +140,9 @@ class PlannedParts(Parts):
         return int(self._files.transformer.sizes()["text_dim"])
 
     def load_bytes(self, plan: Plan) -> int:
-        """As the headers tell."""
-        transformer = self._files.transformer
-        whole = sum(info.nbytes for name, info in transformer.tensors.items() if name.startswith("blocks."))
-        share = len(plan.blocks.resident) / max(transformer.sizes()["num_layers"], 1)
+        """As the headers tell; the blocks come later, most of them during the first forward."""
         encoder = self._files.text_encoder.nbytes if plan.text == "resident" else 0
-        return int(whole * share) + encoder + self._files.vae.nbytes
+        return encoder + self._files.vae.nbytes
 
     def follow(self, plan: Plan, on_bytes: OnBytes | None = None) -> None:
         """Load what the plan keeps, or move to it: what is no longer placed is freed before anything else.
@@ -127,6 +154,10 @@ class PlannedParts(Parts):
         if self._stream is None:
             self._load(plan, on_bytes)
             return
+        if plan.text_kv:
+            self._text_changed()  # an attempt that failed may have made some of them
+        else:
+            self._drop_text()
         if plan.text != "resident":
             self._encoder = None
         if not plan.vae_stays and next(self.whole_vae.parameters()).device.type != "cpu":
@@ -135,21 +166,40 @@ class PlannedParts(Parts):
             self._drop_entry()
         give_back(self.device)
         self.stream.resize(plan.blocks.resident, plan.blocks.cached, plan.blocks.slots)
-        self.transformer.token_slice = plan.token_slice
+        self._set_out(plan)
 
     def _load(self, plan: Plan, on_bytes: OnBytes | None) -> None:
         files, manifest = self._files, self._manifest
         self._encoder = None  # of an attempt that ran out of memory
-        home = self.device if plan.vae_stays else "cpu"
-        self.whole_vae = loading.load_vae(files.vae, manifest, home, self._vae_dtype, on_bytes, encoder=False)
-        if plan.text == "resident":
-            self._encoder = loading.load_text_encoder(
-                files.text_encoder, manifest, self.device, self._dtype, on_bytes
-            )
         self.transformer, self._stream = loading.stream_transformer(
-            files.transformer, manifest, self.device, self._dtype, plan.blocks, self.ring, on_bytes
+            *(files.transformer, manifest, self.device, self._dtype, plan.blocks, self.ring, on_bytes),
+            preload=False,
         )
-        self.transformer.token_slice = plan.token_slice
+        home = self.device if plan.vae_stays else "cpu"
+        try:
+            if plan.text != "streamed":
+                self._fetch_early()
+            self.whole_vae = loading.load_vae(
+                files.vae, manifest, home, self._vae_dtype, on_bytes, encoder=False
+            )
+            if plan.text == "resident":
+                self._encoder = loading.load_text_encoder(
+                    files.text_encoder, manifest, self.device, self._dtype, on_bytes
+                )
+        except BaseException:
+            self._stream.close()  # a leaner plan loads anew
+            self._stream = None
+            raise
+        self._set_out(plan)
+
+    def _fetch_early(self) -> None:
+        """Have blocks that stay come now, behind what else is done before the first forward.
+
+        It does not wait for the last of them either: each is waited for in its turn. Not where blocks stream
+        or are cached, whose memory is the denoise phase's.
+        """
+        if not self.plan.blocks.slots:
+            self.stream.start()
 
     @contextmanager
     def text_encoder(self) -> Iterator[TextEncoder]:
@@ -175,6 +225,7 @@ class PlannedParts(Parts):
 
     def conditions(self, timesteps: Tensor, texts: list[Tensor]) -> list[list[Condition]]:
         """As for `Parts`; the entry comes from the file and leaves again, unless all blocks are resident."""
+        self._fetch_early()
         if not self._entry_here:
             loading.load_entry(self.transformer, self._files.transformer, self.device, self._dtype)
             self._entry_here = True
@@ -190,13 +241,28 @@ class PlannedParts(Parts):
         self._entry_here = False
         give_back(self.device)
 
+    def _text_changed(self) -> None:
+        """The stream leaves out what makes keys and values, once a forward of each text has made them."""
+        if self._stream is None:
+            return
+        if not self._kept:
+            self._stream.leave_out(())
+            return
+        # Texts take turns: so many passes hold a forward of each, whichever was to be next, or is repeated.
+        incomplete = any(not kept.complete for kept in self._kept)
+        self._stream.leave_out(Transformer.OF_TEXT, after=len(self._kept) if incomplete else 0)
+
     def expect(self, forwards: int) -> None:
         """So that nothing is fetched for a forward that never comes."""
         self.stream.expect(forwards)
 
     @contextmanager
     def vae(self) -> Iterator[VAE]:
-        """The VAE's decoder on the device; before it comes, the blocks leave if the plan says so."""
+        """The VAE's decoder on the device; before it comes, the blocks leave if the plan says so.
+
+        What was kept of the texts leaves in any case.
+        """
+        self._drop_text()
         if self.plan.release_for_decode:
             self.stream.park()
         with visiting(self.whole_vae, self.device):
@@ -204,6 +270,7 @@ class PlannedParts(Parts):
 
     def close(self) -> None:
         """Stop the readers, free the buffers, unpin the ring; idempotent."""
+        self._drop_text()
         if self._stream is not None:
             self._stream.close()
         self._encoder = None

@@ -8,41 +8,43 @@
 report progress, keep the latents, or leave.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from runtime import loading
-from runtime.check import check_latents
 from runtime.checkpoint import Checkpoint
+from runtime.checkpoint.synth import NOTE_FILE
+from runtime.denoising import Denoising
 from runtime.device import confirm_device, gpu_of, select_device
-from runtime.errors import first_sentence
+from runtime.errors import OutputCheckError, first_sentence
 from runtime.fitting import Fitting, Planner
 from runtime.frames import Decoding
+from runtime.guard import Fault
 from runtime.layers.tiles import WHOLE, Rung
 from runtime.memory import allocator
 from runtime.memory.exhausted import is_out_of_memory
 from runtime.memory.machine import look
 from runtime.memory.plan import Plan
-from runtime.memory.planning import job_of, plan_run
+from runtime.memory.planning import job_of, plan_run, sizes_for
 from runtime.parts import Parts, PlannedParts
 from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile
 from runtime.provenance import fingerprints, versions
 from runtime.request import CheckedRequest, Request, check
 from runtime.resume import ResumePoint, check_point, restore
-from runtime.sampler import denoise, draw_noise, schedule, timestep
-from runtime.schema import ModelManifest, Profile
+from runtime.sampler import draw_noise
+from runtime.schema import Envelope, ModelManifest, Profile
 from runtime.stages import OnStage, PhaseClock, Stage
 from runtime.text_states import TextCache, encoder_digest
 from runtime.tokenizer import PromptTokenizer, Tokens
-from runtime.transformer import Condition
+from runtime.tuning import apply_tiles, choose_attention, open_store
 from runtime.video import RECORD_FORMAT, Video
+from runtime.ways import Ways, check_name, choose_ways
 
 __all__ = ["Pipeline", "Stage"]
 
@@ -68,8 +70,12 @@ class Pipeline:
         provenance: dict[str, Any] | None = None,
         texts: TextCache | None = None,
         planner: Planner | None = None,
+        ways: Ways | None = None,
+        envelope: Envelope | None = None,
     ) -> None:
-        """`texts` holds states that need no encoder; without `planner` the parts stay as they are."""
+        """`texts` holds states that need no encoder; without `planner` the parts stay as they are, without
+        `ways` torch's attention and plain kernels compute; `envelope` is that of the weights, if measured.
+        """
         self.manifest = manifest
         self.profile = profile
         self.device = device
@@ -78,6 +84,8 @@ class Pipeline:
         self.provenance = provenance or {}
         self.texts = texts
         self.fitting = Fitting(parts, planner)
+        self.ways = Ways(device) if ways is None else ways
+        self.envelope = envelope
 
     @classmethod
     def load(
@@ -90,6 +98,8 @@ class Pipeline:
         cache: str | Path | None = None,
         vram: float | None = None,
         ram: float | None = None,
+        attention: str = "auto",
+        as_before: Mapping[str, Any] | None = None,
         request: Request | None = None,
         text_known: bool = False,
         on_plan: Callable[[Plan], None] | None = None,
@@ -100,10 +110,12 @@ class Pipeline:
         `model` is a manifest's name, a family (the profile picks the variant) or a checkpoint directory;
         `weights` the directory that holds its files (default /weights; the demo model brings its own);
         `cache` a directory where text states are kept from one process to the next; `vram` and `ram`, in GiB,
-        bound the memory below what the profile and the machine allow.
+        bound the memory below what the profile and the machine allow; `attention` is the backend to begin
+        with, and `as_before` the record of a run to compute like, where that can be done here.
         Raises RequestError for unknown names, WeightsError for files, DeviceError for a missing GPU and
         PlanError, before anything is loaded, where it does not fit.
         """
+        check_name(attention)
         asked = profile if isinstance(profile, Profile) else load_profile(profile)
         chosen, device = select_device(device, asked)
         given = None if weights is None else Path(weights)
@@ -111,7 +123,7 @@ class Pipeline:
         checked = check(request or Request(), manifest, device)
         files = loading.open_files(manifest, directory)
         machine = look(directory, gpu_of(device), probe_pinning=False)
-        planner = partial(
+        plan_for = partial(
             plan_run,
             manifest,
             chosen,
@@ -125,6 +137,16 @@ class Pipeline:
         allocator.settle()
         tokenizer = loading.load_tokenizer(files, manifest)
         confirm_device(device)
+        sizes = sizes_for(manifest, chosen, (files.transformer, files.text_encoder, files.vae))
+        store = open_store(None if cache is None else Path(cache), device)
+        ways = choose_ways(
+            *(device, checked.tokens, sizes.text_len, sizes.num_heads, sizes.head_dim),
+            *(loading.DTYPES[chosen.dtype], attention, as_before),
+            memory=store,
+            chooser=partial(choose_attention, store),
+        )
+        apply_tiles(store, torch.device(device))
+        ways.tell(*store.take_notes())
         texts = None if cache is None else _text_cache(Path(cache), files.text_encoder, device, chosen)
         pipe = cls(
             manifest,
@@ -141,7 +163,9 @@ class Pipeline:
                 "versions": versions(),
             },
             texts=texts,
-            planner=planner,
+            planner=lambda job: plan_for(job, attention=ways.eight_bits),
+            ways=ways,
+            envelope=None if (directory / NOTE_FILE).exists() else manifest.envelope,
         )
         try:
             pipe._prepare(checked, on_plan, on_stage, text_known)
@@ -190,27 +214,29 @@ class Pipeline:
         text = self._text(checked, tokens, start)
         point = text.point
         stage = clock.stage(1, 1, point.text_states.nbytes)
-        yield replace(stage, tokens=tokens, point=point, notes=(*text.notes, *self.fitting.take_notes()))
+        yield replace(stage, tokens=tokens, point=point, notes=(*text.notes, *self._take_notes()))
 
         clock.begin("denoise", point.step)
         for point in self.denoise(text.point, checked):
             assert point.latents is not None
-            check_latents(point.latents, point.step, checked.steps)
             stage = clock.stage(point.step, checked.steps, point.latents.nbytes)
-            yield replace(stage, latents=point.latents, point=point, notes=self.fitting.take_notes())
+            yield replace(stage, latents=point.latents, point=point, notes=self._take_notes())
         assert point.latents is not None
 
         clock.begin("decode")
         for piece, decoding in self.decode(point.latents[None]):
-            yield replace(
-                clock.stage(piece, decoding.pieces, decoding.nbytes), notes=self.fitting.take_notes()
-            )
+            stage = clock.stage(piece, decoding.pieces, decoding.nbytes)
+            notes = self._take_notes()
+            yield replace(stage, frames=decoding.frames, whole=decoding.whole, notes=notes)
         frames = decoding.frames  # (F, H, W, 3)
 
         timings = {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()}
         record = self.record(checked, tokens) | {"text_states": text.source, "timings": timings}
         video = Video(frames, checked.fps, record)
         yield Stage("done", 1, 1, sum(clock.seconds.values()), frames.nbytes, video=video)
+
+    def _take_notes(self) -> tuple[str, ...]:
+        return (*self.fitting.take_notes(), *self.ways.take_notes())
 
     @property
     def plan(self) -> Plan | None:
@@ -266,21 +292,25 @@ class Pipeline:
         batch = torch.tensor([ids], device=self.device)  # (1, n)
 
         def encode() -> Tensor:
-            with self.parts.text_encoder() as encoder:
+            with self.ways.computing(), self.parts.text_encoder() as encoder:
                 states = encoder(batch, torch.ones_like(batch, dtype=torch.bool))  # (1, n, text_dim)
                 return states[0].cpu()
 
-        return self.fitting.within("text", encode)
+        while True:
+            states = self.fitting.within("text", encode)
+            if torch.isfinite(states).all():
+                self.ways.worked()
+                return states
+            if self.ways.lower_kernels(Fault("the text states are not finite"), "text encoder") is None:
+                raise OutputCheckError(
+                    "The text states are not finite, so the video would be black or noise: check the text "
+                    "encoder's file with `t2v weights verify`, or run with --device cpu."
+                )
 
     def _cached(self, tokens: Tokens) -> Tensor | None:
         if self.texts is None:
             return None
         return self.texts.find(tokens.ids[: tokens.n], self.parts.text_dim)
-
-    def _padded(self, states: Tensor) -> Tensor:
-        """Rows (n, text_dim) -> (1, text_len, text_dim) on the device, with rows of zeros at the end."""
-        text_len, dtype = self.parts.transformer.config.text_len, loading.DTYPES[self.profile.dtype]
-        return F.pad(states.to(self.device, dtype), (0, 0, 0, text_len - len(states)))[None]
 
     # --------------------------------------------------------------------------------------------- latents
 
@@ -288,7 +318,8 @@ class Pipeline:
     def denoise(self, start: ResumePoint, request: CheckedRequest) -> Iterator[ResumePoint]:
         """The point after each step that is left, with the latents (16, T, h, w).
 
-        With negative states, classifier-free guidance: v = v_neg + guidance * (v_text - v_neg).
+        A step whose result is wrong is repeated from the same latents and noise, one way lower; raises
+        OutputCheckError where there is none.
         """
         generator = torch.Generator(self.device if request.noise_device == "cuda" else "cpu")
         if start.latents is None or start.generator_state is None:
@@ -297,37 +328,19 @@ class Pipeline:
         else:
             restore(generator, start.generator_state)
             latents = start.latents
-        sigmas = schedule(request.steps, request.shift)
-        # Of all steps, also those that are done: a product of other height rounds its rows differently.
-        times = [timestep(sigma) for sigma in sigmas[:-1]]
-        left = len(times) - start.step
-        conditions = dict(zip(times, self._conditions(start, times), strict=True)) if left else {}
-        self.parts.expect(left * len(conditions[times[0]]) if left else 0)
-
-        def forward(latents: Tensor, condition: Condition) -> Tensor:
-            run = partial(self.parts.transformer.velocity, latents, condition)
-            return self.fitting.within("denoise", run)
-
-        def velocity_of(latents: Tensor, t: float) -> Tensor:
-            velocity, *away = (forward(latents, condition) for condition in conditions[t])
-            return away[0] + request.guidance * (velocity - away[0]) if away else velocity
-
         latents = latents[None].to(self.device)  # (1, 16, T, h, w)
-        denoised = denoise(velocity_of, latents, sigmas, request.sampler, generator, start.step)
-        for step, latents in enumerate(denoised, start.step + 1):
+        dtype, envelope = loading.DTYPES[self.profile.dtype], self.envelope_of(request)
+        denoising = Denoising(self.fitting, self.ways, start, request, dtype, envelope)
+        for step in range(start.step + 1, request.steps + 1):
+            latents = denoising.step(latents, generator)
             state = generator.get_state()
             yield replace(start, step=step, latents=latents[0].cpu(), generator_state=state)
 
-    def _conditions(self, start: ResumePoint, times: list[float]) -> list[tuple[Condition, ...]]:
-        """For each time the condition of the prompt, and with guidance that of the negative prompt too."""
-        if not times:
-            return []
-        texts = [self._padded(start.text_states)]  # (1, text_len, text_dim)
-        if start.negative_states is not None:
-            texts.append(self._padded(start.negative_states))
-        steps = torch.tensor(times, device=self.device)[:, None]  # (S, 1)
-        of_texts = self.fitting.within("denoise", lambda: self.parts.conditions(steps, texts))
-        return [*zip(*of_texts, strict=True)]
+    def envelope_of(self, request: CheckedRequest) -> Envelope | None:
+        """What the steps of `request` must stay in: measured ranges hold for what was measured alone."""
+        usual, sampling = self.manifest.defaults, self.manifest.sampling
+        same = (request.height, request.width, request.frames) == (usual.height, usual.width, usual.frames)
+        return self.envelope if same and request.guidance == sampling.guidance else None
 
     # ---------------------------------------------------------------------------------------------- frames
 
@@ -340,11 +353,16 @@ class Pipeline:
         """Decode latents (1, 16, T, h, w): the number of pieces done, and the decoding they belong to."""
         while True:
             try:
-                with self.parts.vae() as vae:
+                with self.ways.computing(), self.parts.vae() as vae:
                     decoding = Decoding(vae, latents.to(self.device), self.rung)
                     for piece in decoding:
                         yield piece, decoding
+                self.ways.worked()
                 return
+            except OutputCheckError as error:
+                if self.ways.lower_kernels(Fault(str(error).rstrip(".")), "decode") is None:
+                    raise
+                continue
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -366,6 +384,8 @@ class Pipeline:
             "vae_dtype": self.profile.vae.dtype,
             **({} if self.plan is None else {"plan": self.plan.as_dict()["placement"]}),
             **({"stepped_down": self.fitting.stepped_down} if self.fitting.stepped_down else {}),
+            "ways": self.ways.as_dict(),
+            **({"fell_back": self.ways.fell_back} if self.ways.fell_back else {}),
             **self.provenance,
         }
 

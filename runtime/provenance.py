@@ -2,7 +2,9 @@
 
 import hashlib
 import platform
+import time
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -10,11 +12,17 @@ import torch
 
 FULL_DIGEST_LIMIT = 64 << 20  # bytes; hashing 22 GB would take longer than the video
 EDGE = 1 << 20  # bytes from each end of a larger file
+SETTLED = 2 * 10**9  # ns after which another change of a file has another time, on every file system
 
 
 def fingerprint(path: Path) -> str:
     """`sha256:...` of a file up to 64 MiB; of size, first and last MiB (`sha256-edges:...`) beyond that."""
-    size = path.stat().st_size
+    status = path.stat()
+    told = _settled_fingerprint if time.time_ns() - status.st_ctime_ns > SETTLED else _fingerprint
+    return told(path.absolute(), status.st_size, status.st_ctime_ns)
+
+
+def _fingerprint(path: Path, size: int, _changed_ns: int) -> str:
     with path.open("rb") as file:
         if size <= FULL_DIGEST_LIMIT:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
@@ -23,6 +31,9 @@ def fingerprint(path: Path) -> str:
         file.seek(size - EDGE)
         digest.update(file.read(EDGE))
         return "sha256-edges:" + digest.hexdigest()
+
+
+_settled_fingerprint = lru_cache(maxsize=256)(_fingerprint)  # a run asks several times for the same files
 
 
 def fingerprints(paths: Iterable[Path]) -> dict[str, str]:

@@ -54,6 +54,12 @@ class CheckedRequest:
         """(16, T, h, w) of the latents."""
         return 16, (self.frames - 1) // FRAME_STRIDE + 1, self.height // 8, self.width // 8
 
+    @property
+    def tokens(self) -> int:
+        """What the transformer makes of them: patches of 1x2x2."""
+        _, length, height, width = self.latent_shape
+        return length * (height // 2) * (width // 2)
+
 
 def check(request: Request, manifest: "ModelManifest", device: str) -> CheckedRequest:
     """Fill `request` from the manifest's defaults and refuse what model and device cannot do (RequestError).

@@ -9,7 +9,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 Quantization = Literal["fp8", "int8", "bf16"]
 Dtype = Literal["bf16", "fp16", "fp32"]
@@ -26,6 +34,12 @@ def project_root() -> Path:
 def _listed(value: object) -> object:
     """YAML has lists where a frozen model wants tuples; strict mode would refuse them."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if not value[0] < value[1]:
+        raise ValueError("a range, the smaller number first")
+    return value
 
 
 def _inside(path: str, *, parents: int = 0) -> str:
@@ -54,6 +68,7 @@ RootPath = Annotated[str, BeforeValidator(_inside_root)]
 PublishedPath = Annotated[
     str, StringConstraints(pattern=r"^\w[\w.+-]*(/\w[\w.+-]*)*$", max_length=200, strict=True)
 ]
+Range = Annotated[tuple[Positive, Positive], BeforeValidator(_listed), AfterValidator(_rising)]
 Directories = Annotated[tuple[RootPath, ...], BeforeValidator(_listed)]
 Candidates = Annotated[
     tuple[Annotated[str, BeforeValidator(_inside_weights)], ...],
@@ -291,6 +306,20 @@ class Sampling(_Data):
         return self
 
 
+class Envelope(_Data):
+    """What each denoise step of right weights stays in, measured and widened (docs/guard.md).
+
+    velocity: standard deviation of the model's output; clean: of what a step takes for the picture; noise: of
+    what it takes for the noise, in every tile of 64 tokens; leak: the largest correlation of the two there.
+    Holds for videos of the model's own size, frames and guidance.
+    """
+
+    velocity: Range
+    clean: Range
+    noise: Range
+    leak: Positive
+
+
 class Defaults(_Data):
     """What a request gets that says nothing: pixels, frames, frames per second, prompt."""
 
@@ -311,6 +340,7 @@ class ModelManifest(_Data):
     """What one checkpoint is. None for a part's sizes, or for `quantization`: read it from the tensors.
 
     `embedded` is a directory that ships with the program, relative to the project root.
+    `envelope`: None where nobody has measured it.
     `source` publishes the transformer; `companions` are further repositories that hold parts of the model.
     """
 
@@ -328,6 +358,7 @@ class ModelManifest(_Data):
     vae: VAESizes | None
     sampling: Sampling
     defaults: Defaults
+    envelope: Envelope | None = None
     companions: Annotated[tuple[Source, ...], BeforeValidator(_listed)] = ()
 
     def sources(self) -> tuple[Source, ...]:

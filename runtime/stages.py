@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from runtime.resume import ResumePoint
@@ -15,13 +16,15 @@ from runtime.video import Video
 class Stage:
     """Where a run stands: `step` of `steps` pieces of `phase` are done, `seconds` after the phase began."""
 
-    phase: str  # load, text, denoise, decode, done
+    phase: str  # load, text, denoise, decode, save, done
     step: int
     steps: int
     seconds: float
     bytes: int = 0  # that the phase has produced so far (weights read, for load)
     latents: Tensor | None = None  # (16, T, h, w) fp32, after each denoise step
     tokens: Tokens | None = None  # with the phase "text": whether the prompt was cut or has unknown words
+    frames: np.ndarray | None = None  # (F, H, W, 3) uint8, with the phase "decode", of which
+    whole: int = 0  # so many, from the first on, are there; another array: the decode has begun again
     video: Video | None = None  # with the phase "done"
     point: ResumePoint | None = None  # after text and each denoise step: what another process goes on from
     began: int = 0  # pieces of the phase that an earlier process had done

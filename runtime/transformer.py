@@ -7,6 +7,7 @@ and columns fastest, and every token attends to every token. The time enters eac
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from runtime.layers.activation import gelu_for
 from runtime.layers.attention import Attend, attend
+from runtime.layers.kept_text import KeptText, KeysValues
 from runtime.layers.norm import Affine, Modulation, RMSNorm, Rows, add_norm, gated_add, norm_of
 from runtime.layers.rope import RopeTable, norm_rope, rope_table
 from runtime.layers.slices import in_slices
@@ -62,10 +64,16 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def project(self, x: Rows, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of tokens x (B, L, D), each (B, L, H, D/H), the first two rotated."""
-        q = norm_rope(self.q(x), self.norm_q, self.num_heads, rope)
-        k = norm_rope(self.k(x), self.norm_k, self.num_heads, rope)
+    def project(
+        self, x: Rows, rope: RopeTable, into: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens x (B, L, D), each (B, L, H, D/H), the first two rotated.
+
+        Of `into`, three tensors of that shape, those are used that can be written at once.
+        """
+        for_q, for_k = (None, None) if into is None else into[:2]
+        q = norm_rope(self.q(x), self.norm_q, self.num_heads, rope, for_q)
+        k = norm_rope(self.k(x), self.norm_k, self.num_heads, rope, for_k)
         return q, k, self.v(x).unflatten(-1, (self.num_heads, -1))
 
 
@@ -83,7 +91,7 @@ class CrossAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, text: Tensor) -> KeysValues:
         """Keys and values of text (B, S, D), each (B, S, H, D/H); they depend on neither time nor latents."""
         keys = norm_rope(self.k(text), self.norm_k, self.num_heads)
         return keys, self.v(text).unflatten(-1, (self.num_heads, -1))
@@ -127,25 +135,29 @@ class Block(nn.Module):
         self,
         x: Tensor,
         time: Tensor,
-        text: Tensor,
+        text: Tensor | KeysValues,
         rope: RopeTable,
         step: int | None = None,
         qkv: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """x (B, L, D), time (B, 6, D) fp32, text (B, S, D) -> (B, L, D), in x's dtype.
 
+        In place of the text may be what `cross_attn.keys_values` makes of it.
         Tokens meet in the self attention alone: before and after it they go through `step` at a time. The
         result then takes x's memory, and queries, keys and values take that of `qkv`, (B, L, H, D/H) each.
         """
         rows = (self.modulation.float() + time).chunk(6, dim=1)  # six of (B, 1, D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
-        keys, values = self.cross_attn.keys_values(text)  # (B, S, H, D/H) each
+        # (B, S, H, D/H) each
+        keys, values = text if isinstance(text, tuple) else self.cross_attn.keys_values(text)
 
         into_attn, into_ffn = Modulation(shift_attn, scale_attn), Modulation(shift_ffn, scale_ffn)
 
-        def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        def before(
+            x: Tensor, cos: Tensor, sin: Tensor, into: Sequence[Tensor] | None = None
+        ) -> tuple[Tensor, ...]:
             y = norm_of(x, into_attn, self.eps, self.self_attn.q)
-            return self.self_attn.project(y, (cos, sin))
+            return self.self_attn.project(y, (cos, sin), into)
 
         def after(x: Tensor, mixed: Tensor) -> Tensor:
             out, cross, ffn = self.self_attn.o, self.cross_attn, self.ffn
@@ -188,6 +200,7 @@ class Condition:
     time: Tensor  # (B, D) fp32, for the head
     rows: Tensor  # (B, 6, D) fp32, for the blocks
     text: Tensor  # (B, text_len, D)
+    kept: KeptText | None = None  # one for all times of a text
 
 
 class Transformer(nn.Module):
@@ -197,7 +210,8 @@ class Transformer(nn.Module):
     dtype, that of `patch_embedding`, which is also the dtype of the residual stream.
 
     `conditions` needs the modules of ENTRY and `velocity` all the others, so the two need not be in memory
-    together. `token_slice` bounds the memory of a forward: see `Block.forward`.
+    together. `token_slice` bounds the memory of a forward: see `Block.forward`. With `keep_text` the
+    conditions of a text keep its keys and values: forwards after its first need no module of OF_TEXT.
     """
 
     ENTRY: ClassVar[tuple[str, ...]] = ("text_embedding", "time_embedding", "time_projection")
@@ -210,10 +224,13 @@ class Transformer(nn.Module):
         "head",
     )
 
+    OF_TEXT: ClassVar[tuple[str, ...]] = ("cross_attn.k", "cross_attn.v")
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
         self.token_slice: int | None = None
+        self.keep_text = False
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -258,16 +275,21 @@ class Transformer(nn.Module):
         time = self.time_embedding(sinusoid)  # (S·B, D)
         rows = self.time_projection(time).unflatten(-1, (6, -1)).float()  # (S·B, 6, D)
         time, rows = (tensor.unflatten(0, timesteps.shape) for tensor in (time.float(), rows))
-        return [Condition(*of_step, text) for of_step in zip(time, rows, strict=True)]
+        kept = KeptText(config.num_layers) if self.keep_text else None
+        return [Condition(*of_step, text, kept) for of_step in zip(time, rows, strict=True)]
 
     def velocity(self, latents: Tensor, condition: Condition) -> Tensor:
         """`forward` where the time and the text are already a condition."""
         grid = self._check(latents)
         rope = rope_table(grid, self.config.head_dim, latents)
+        if condition.kept is not None:  # before anything that ends with this forward, as it outlives it
+            condition.kept.make_room(condition.text, self.config.num_heads)
         x = self._patchify(latents.to(self.patch_embedding.weight.dtype))  # (B, L, D)
         qkv = self._workspace(x)
-        for block in self.blocks:
-            x = block(x, condition.rows, condition.text, rope, self.token_slice, qkv)
+        for number, block in enumerate(self.blocks):
+            text = self._text(number, block, condition)
+            x = block(x, condition.rows, text, rope, self.token_slice, qkv)
+            del text
         del qkv
 
         def head(x: Tensor) -> Tensor:
@@ -276,6 +298,13 @@ class Transformer(nn.Module):
         patches = in_slices(head, x, step=self.token_slice)  # (B, L, pt·ph·pw·C)
         del x  # before anything that outlives this forward is made: it would lie in the middle of free memory
         return self._unpatchify(patches, grid)
+
+    def _text(self, number: int, block: nn.Module, condition: Condition) -> Tensor | KeysValues:
+        """What block `number` takes of the text: keys and values where they are kept."""
+        if condition.kept is None:
+            return condition.text
+        assert isinstance(block, Block)
+        return condition.kept.of(number, partial(block.cross_attn.keys_values, condition.text))
 
     def _workspace(self, x: Tensor) -> Sequence[Tensor] | None:
         """Queries, keys and values of all blocks in turn; None where each makes its own.

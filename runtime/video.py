@@ -6,7 +6,7 @@ whole record as JSON in its comment. How it is encoded and gets its name: `runti
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,7 +18,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from runtime.errors import OutputError, RequestError
-from runtime.video_writer import VideoWriter, check_output, output_errors, whole_output
+from runtime.video_writer import QUEUED, VideoWriter, check_output, output_errors, whole_output
 
 if TYPE_CHECKING:
     import torch
@@ -51,15 +51,22 @@ class Video:
         if shape[1] % 2 or shape[2] % 2:
             raise RequestError(f"frames are {shape[1]}x{shape[2]}; expected even height and width.")
 
-    def save(self, path: str | Path, overwrite: bool = False, writer: VideoWriter | None = None) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        overwrite: bool = False,
+        writer: VideoWriter | None = None,
+        on_frames: Callable[[int], None] | None = None,
+    ) -> Path:
         """Write an mp4 to `path`, creating directories on the way; returns where it is.
 
         `writer` has begun with these frames, for a `path` in the same directory: it gets those that it lacks.
-        Raises OutputError when the path cannot be used or the disk is full; then nothing is left behind.
+        on_frames(n) is told now and then that the encoder has n of them. Raises OutputError when the path
+        cannot be used or the disk is full; then nothing is left behind.
         """
         path, (_, height, width, _) = Path(path), self.frames.shape
         with writer or VideoWriter(path, height, width, self.fps, overwrite) as writer, output_errors(path):
-            _encode(self, writer)
+            _encode(self, writer, on_frames)
             return writer.close(self.metadata, path)
 
 
@@ -77,11 +84,14 @@ def frames_to_uint8(frames: "torch.Tensor | np.ndarray") -> np.ndarray:
     return array
 
 
-def _encode(video: Video, writer: VideoWriter) -> None:
+def _encode(video: Video, writer: VideoWriter, on_frames: Callable[[int], None] | None) -> None:
     """Hand `writer` the frames that it lacks."""
     if writer.fps != video.fps:
         raise ValueError(f"a writer at {writer.fps} fps for a video at {video.fps}")
-    writer.add(video.frames[writer.count :])
+    while writer.count < video.frames.shape[0]:
+        writer.add(video.frames[writer.count : writer.count + QUEUED])
+        if on_frames is not None:
+            on_frames(writer.count)
 
 
 # ----------------------------------------------------------------------------------------------- reading

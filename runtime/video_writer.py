@@ -7,8 +7,8 @@ x264 works on a thread of its own, so a decode and the encoding of what it has g
             writer.add(pixels)
         writer.close(metadata)  # how it was made, which is known only now
 
-A decode by tiles has no picture whole before its last tile: it adds nothing, and `Video.save` adds what its
-writer lacks. A decode that begins again in another way calls `restart` first: its pixels may differ.
+`offer` takes what there is room for and never waits, for a decode that keeps a GPU busy; `Video.save` adds
+what its writer lacks. A decode that begins again in another way calls `restart` first: its pixels may differ.
 
 Nothing is on the disk before `close`. What x264 gives, a hundredth of the frames' size, waits in memory for
 the record that stands before it in the file. Then the file is written under a hidden name beside its own and
@@ -99,15 +99,11 @@ class VideoWriter:
         They are read later: the caller does not change them any more. Raises OutputError when the encoding
         of earlier frames has failed, RequestError for frames of another kind or size.
         """
-        shape = frames.shape
-        if frames.dtype != np.uint8 or shape[1:] != (self.height, self.width, 3):
-            expected = f"uint8 (n, {self.height}, {self.width}, 3)"
-            raise RequestError(f"frames are {frames.dtype} {shape}; expected {expected}.")
-        encoding = self._open()
-        with output_errors(self.path):
-            for frame in frames:
-                encoding.put(frame)
-                self.count += 1
+        self._take(frames, wait=True)
+
+    def offer(self, frames: np.ndarray) -> int:
+        """`add` those of `frames`, from the first on, that there is room for now; returns how many."""
+        return self._take(frames, wait=False)
 
     def restart(self) -> None:
         """Forget all frames, for a decode that begins again."""
@@ -149,6 +145,19 @@ class VideoWriter:
     ) -> None:
         self.abort()
 
+    def _take(self, frames: np.ndarray, wait: bool) -> int:
+        shape, before = frames.shape, self.count
+        if frames.dtype != np.uint8 or shape[1:] != (self.height, self.width, 3):
+            expected = f"uint8 (n, {self.height}, {self.width}, 3)"
+            raise RequestError(f"frames are {frames.dtype} {shape}; expected {expected}.")
+        encoding = self._open()
+        with output_errors(self.path):
+            for frame in frames:
+                if not encoding.put(frame, wait):
+                    break
+                self.count += 1
+        return self.count - before
+
     def _open(self) -> "_Encoding":
         if self._encoding is None:
             raise ValueError(f"the writer of {self.path} is closed")
@@ -180,18 +189,25 @@ class _Encoding:
         self._ended = self._stopped = False
         self._thread: Thread | None = None
 
-    def put(self, frame: np.ndarray) -> None:
-        """Queue one frame (H, W, 3), when there is room; raises what the thread failed with."""
+    def put(self, frame: np.ndarray, wait: bool) -> bool:
+        """Queue one frame (H, W, 3), when there is room; raises what the thread failed with.
+
+        Without `wait`, only if there is room at this moment: whether it was queued.
+        """
         if self._thread is None:
             # A process that ends must not wait for a video that nobody will close.
             self._thread = Thread(target=self._work, name="video writer", daemon=True)
             self._thread.start()
         with self._changed:
-            self._changed.wait_for(lambda: len(self._queue) < QUEUED or self._error is not None)
+            if wait:
+                self._changed.wait_for(lambda: len(self._queue) < QUEUED or self._error is not None)
             if self._error is not None:
                 raise self._error
+            if len(self._queue) >= QUEUED:
+                return False
             self._queue.append(frame)
             self._changed.notify_all()
+            return True
 
     def finish(self) -> list[av.Packet]:
         """Wait until every frame is encoded; the packets in the order of the file, or raise what failed."""

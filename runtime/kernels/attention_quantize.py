@@ -124,7 +124,6 @@ def spread_triton(x: Tensor) -> Spread:
             count,
             rows.stride(0),
             width,
-            chunks,
             ROWS=_ROWS,
             STEPS=_STEPS,
             COLUMNS=_COLUMNS,
@@ -146,7 +145,6 @@ def _spread_kernel(
     rows,
     stride,
     width,
-    chunks,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -166,7 +164,7 @@ def _spread_kernel(
         high = tl.maximum(high, tl.where(inside, y, float("-inf")))
         total += y
     place = parts + chunk.to(tl.int64) * width + columns
-    kind = chunks.to(tl.int64) * width
+    kind = tl.num_programs(0).to(tl.int64) * width
     tl.store(place, tl.min(low, axis=0), mask=within)
     tl.store(place + kind, tl.max(high, axis=0), mask=within)
     tl.store(place + 2 * kind, tl.sum(total, axis=0), mask=within)

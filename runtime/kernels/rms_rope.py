@@ -1,4 +1,4 @@
-"""RMSNorm over the full width, then rotary positions, in one pass and in place.
+"""RMSNorm over the full width, then rotary positions, in one pass, in place or to another place.
 
     n = x / sqrt(mean(x^2) + eps) * weight                          fp32, over the row of all heads
     x[2j]   <- round(n[2j] * cos[j] - n[2j+1] * sin[j])             in each head, j < head_dim/2
@@ -23,31 +23,44 @@ from runtime.kernels.launch import fused, jit, on, row_parts, row_vector, rows_o
 Table = tuple[Tensor, Tensor]  # cos and sin, each (L, head_dim/2), with axes of length 1 anywhere
 
 
-def rms_rope(x: Tensor, weight: Tensor, eps: float, head_dim: int, table: Table | None = None) -> Tensor:
-    """RMSNorm and, with `table`, rotation of x (..., L, H·head_dim), in place. Returns x.
+def rms_rope(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    head_dim: int,
+    table: Table | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """RMSNorm and, with `table`, rotation of x (..., L, H·head_dim), in place or into a tensor like it.
 
-    Raises ValueError where x is not contiguous or sizes do not agree.
+    Returns where the result is. Raises ValueError where x or it is not contiguous or sizes do not agree.
     """
     power_of_two = head_dim & (head_dim - 1) == 0
     run = rms_rope_triton if power_of_two and fused(x) else rms_rope_torch
-    return run(x, weight, eps, head_dim, table)
+    return run(x, weight, eps, head_dim, table, into)
 
 
 def rms_rope_torch(
-    x: Tensor, weight: Tensor, eps: float, head_dim: int, table: Table | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    head_dim: int,
+    table: Table | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """The formula in plain torch."""
+    target = x if into is None else into
     normed = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
     if table is None:
-        return x.copy_(normed)
+        return target.copy_(normed)
     cos, sin = _checked(x, head_dim, table)
     pairs = normed.unflatten(-1, (-1, head_dim // 2, 2))
     real, imaginary = pairs.unbind(-1)  # (..., L, H, head_dim/2)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    out = x.view(pairs.shape)
+    out = target.view(pairs.shape)
     out[..., 0] = real * cos - imaginary * sin
     out[..., 1] = real * sin + imaginary * cos
-    return x
+    return target
 
 
 def _checked(x: Tensor, head_dim: int, table: Table) -> Table:
@@ -62,11 +75,20 @@ def _checked(x: Tensor, head_dim: int, table: Table) -> Table:
 
 
 def rms_rope_triton(
-    x: Tensor, weight: Tensor, eps: float, head_dim: int, table: Table | None = None, warps: int = 0
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    head_dim: int,
+    table: Table | None = None,
+    into: Tensor | None = None,
+    warps: int = 0,
 ) -> Tensor:
     """The kernel, for heads whose width is a power of two; `warps` 0 takes the number that suits the row."""
     rows = rows_of(x)
     count, width = rows.shape
+    out = rows if into is None else rows_of(into, "into")
+    if out.shape != rows.shape or out.dtype != rows.dtype:
+        raise ValueError(f"the result goes to {tuple(out.shape)} {out.dtype}, expected what x is")
     if width % head_dim:
         raise ValueError(f"rows of {width} do not split into heads of {head_dim}")
     cos, sin = (rows, rows) if table is None else _checked(x, head_dim, table)
@@ -75,6 +97,7 @@ def rms_rope_triton(
         with on(x):
             _rms_rope_kernel[(count,)](
                 rows,
+                out,
                 row_vector(weight, width, "weight"),
                 cos.contiguous(),
                 sin.contiguous(),
@@ -88,7 +111,7 @@ def rms_rope_triton(
                 num_warps=warps or warps_for(width),
                 enable_fp_fusion=True,
             )
-    return x
+    return x if into is None else into
 
 
 @jit
@@ -103,6 +126,7 @@ def _turned(n, cos, sin, HEADS: tl.constexpr, HEAD: tl.constexpr):
 @jit
 def _rms_rope_kernel(
     x,
+    out,
     weight,
     cos,
     sin,
@@ -116,6 +140,7 @@ def _rms_rope_kernel(
 ):
     row = tl.program_id(0)
     x += row.to(tl.int64) * WIDTH
+    out += row.to(tl.int64) * WIDTH
     lanes = tl.arange(0, HEAD)[None, :]
     places = tl.arange(0, MAIN)[:, None] * HEAD + lanes  # (MAIN, HEAD): heads are rows of a tile
     a = tl.load(x + places).to(tl.float32)
@@ -136,6 +161,6 @@ def _rms_rope_kernel(
         a = _turned(a, c, s, MAIN, HEAD)
         if TAIL:
             b = _turned(b, c, s, TAIL, HEAD)
-    tl.store(x + places, a.to(x.dtype.element_ty))
+    tl.store(out + places, a.to(out.dtype.element_ty))
     if TAIL:
-        tl.store(x + beyond, b.to(x.dtype.element_ty), mask=inside)
+        tl.store(out + beyond, b.to(out.dtype.element_ty), mask=inside)

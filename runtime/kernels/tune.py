@@ -67,12 +67,19 @@ def time_candidates(
 
 
 def tune_w8a8(
-    rows: int, columns: int, depth: int, dtype: torch.dtype, device: torch.device, fast: bool = False
+    rows: int,
+    columns: int,
+    depth: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    fast: bool = False,
+    clock: Callable[[Run], float] = milliseconds,
 ) -> list[tuple[Config, Timing]]:
     """Time the 8-bit product of q (rows, depth) and w (columns, depth) in every config of this GPU.
 
     Returns the configs with their timings, the fastest first; one whose numbers are wrong counts as unable
     to run. Sets nothing: give the first to `configs.use`. Inputs are random, as zeros would run faster.
+    `clock` times one run.
     """
     generator = torch.Generator(device).manual_seed(0)
     q, w = (_random(shape, dtype, generator) for shape in ((rows, depth), (columns, depth)))
@@ -102,7 +109,7 @@ def tune_w8a8(
 
     found = configs.candidates(torch.cuda.get_device_capability(device), dtype, launch.HAS_DESCRIPTORS)
     by_name = {str(config): config for config in found}
-    timings = time_candidates({name: checked(config) for name, config in by_name.items()})
+    timings = time_candidates({name: checked(config) for name, config in by_name.items()}, clock=clock)
     return [(by_name[timing.name], timing) for timing in timings]
 
 

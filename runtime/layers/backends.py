@@ -22,9 +22,9 @@ silently wrong.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
 
@@ -42,6 +42,7 @@ PROOF_LENGTHS = (1, 63, 65, 513, 1000)
 BOUNDS = {8: 0.06, 16: 0.01, 32: 4e-3}  # relative RMS distance to fp32; rounding out to bf16 alone is .0018
 _SCORE_BYTES = 2**28  # of fp32 scores that the twin holds at a time
 _HEAD_DIMS_8BIT = (64, 96, 128)
+LAST_RESORT = "sdpa-math"  # never left out
 TIMED_TOKENS = 8192  # at most, in trials: 80 MiB for each 16-bit tensor of 40 heads of 128
 
 
@@ -299,6 +300,10 @@ def choose(
     head_dim: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     forced: str | None = None,
+    *,
+    avoided: Collection[str] = (),
+    least_bits: int = 8,
+    most_bits: int = 16,
 ) -> Choice:
     """The fastest proven backend for `tokens` queries on `keys` keys (the same tokens unless given).
 
@@ -306,15 +311,18 @@ def choose(
     lengths TIMED_TOKENS are timed, as a loaded model leaves no room for more: what is fastest there is taken
     for what is fastest, and no time of the full length is claimed. The order can differ only between near
     equals: what a backend does once for each token weighs four times as much at 8,192 as at 32,760.
-    forced: this backend and no other ("auto" is None). Raises RequestError for an unknown name and for one
-    that does not work here, with what its trial run showed.
+    forced: this backend and no other ("auto" is None). avoided: names that are left out, but for the last
+    resort. least_bits, most_bits: the precisions that are asked for; least_bits=16 where there is no memory
+    for 8-bit copies of q, k and v. Where nothing of at most `most_bits` is right, more bits are taken.
+    Raises RequestError for an unknown name and for one that does not work here, with what its trial showed.
     """
     if forced in (None, "auto"):
         keys = tokens if keys is None else keys
-        # Cross attention has so few keys that 8 bits gain nothing and lose precision.
-        few = keys <= 1024 < tokens
+        if few_keys(tokens, keys):
+            least_bits = max(least_bits, 16)
         timed = (min(tokens, TIMED_TOKENS), min(keys, TIMED_TOKENS))
-        return _fastest(device, *timed, heads, head_dim, dtype, (16,) if few else (8, 16))
+        wanted = _Wanted(frozenset(avoided), least_bits, most_bits)
+        return _fastest(device, *timed, heads, head_dim, dtype, wanted)
     if forced not in BACKENDS:
         raise RequestError(f"attention {forced!r} is unknown, expected auto or one of {', '.join(BACKENDS)}")
     proof = prove(forced, device, dtype, head_dim)
@@ -322,6 +330,43 @@ def choose(
     if not proof.ok or run is None:
         raise RequestError(f"attention {forced!r} does not work here ({proof.reason}): use --attention auto")
     return Choice(forced, run, (proof,))
+
+
+def few_keys(tokens: int, keys: int) -> bool:
+    """Cross attention has so few keys that 8 bits gain nothing and lose precision."""
+    return keys <= 1024 < tokens
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What may be chosen."""
+
+    avoided: frozenset[str]
+    least_bits: int
+    most_bits: int
+
+
+def admitted(
+    found: Sequence[Proof], avoided: Collection[str], least_bits: int = 8, most_bits: int = 16
+) -> list[str]:
+    """Names of the proven backends that may be chosen, in the order of `found`; [] for the last resort.
+
+    More bits than `most_bits` where nothing else is left.
+    """
+    names = [proof.name for proof in found if proof.ok and proof.name not in {*avoided, LAST_RESORT}]
+    names = [name for name in names if BACKENDS[name].bits >= least_bits]
+    return [name for name in names if BACKENDS[name].bits <= most_bits] or names
+
+
+def without(found: Sequence[Proof], avoided: Collection[str]) -> tuple[Proof, ...]:
+    """The proofs, those of avoided backends (but for the last resort) turned into refusals."""
+    refused = {*avoided} - {LAST_RESORT}
+    return tuple(
+        replace(proof, ok=False, reason="gave wrong numbers here before")
+        if proof.ok and proof.name in refused
+        else proof
+        for proof in found
+    )
 
 
 @cache
@@ -332,18 +377,17 @@ def _fastest(
     heads: int,
     head_dim: int,
     dtype: torch.dtype,
-    kinds: tuple[int, ...],
+    wanted: _Wanted,
 ) -> Choice:
-    found = proofs(device, dtype, head_dim)
-    proven = [proof.name for proof in found if proof.ok]
-    if device.type != "cuda" or "sdpa" not in proven:
-        name = "sdpa" if "sdpa" in proven else "sdpa-math"
+    found = without(proofs(device, dtype, head_dim), wanted.avoided)
+    names = admitted(found, wanted.avoided, wanted.least_bits, wanted.most_bits)
+    if device.type != "cuda" or not names:
+        name = "sdpa" if "sdpa" in names else LAST_RESORT
         return Choice(name, _must(name, device), found)
-    names = [name for name in proven if BACKENDS[name].bits in kinds]
     q, k, v = inputs(tokens, keys, heads, head_dim, dtype, device)
     scale = head_dim**-0.5
     timings = time_candidates({n: partial(_must(n, device), q, k, v, scale) for n in names}, repeats=3)
-    best = next((timing.name for timing in timings if timing.milliseconds is not None), "sdpa-math")
+    best = next((timing.name for timing in timings if timing.milliseconds is not None), LAST_RESORT)
     return Choice(best, _must(best, device), found, tuple(timings))
 
 
@@ -355,7 +399,8 @@ def rungs(choice: Choice, device: torch.device) -> list[str]:
     """
     proven = {proof.name for proof in choice.proofs if proof.ok} or {choice.name}
     if not choice.timings:  # forced, or a CPU: what else is right here is not known yet
-        proven |= {name for name in ("sdpa", "sdpa-math") if available(name, device)}
+        known = {proof.name for proof in choice.proofs}
+        proven |= {name for name in ("sdpa", LAST_RESORT) if name not in known and available(name, device)}
     order = [timing.name for timing in choice.timings if timing.milliseconds is not None]
     order += [name for name in BACKENDS if name not in order]
     bits = BACKENDS[choice.name].bits
@@ -366,7 +411,7 @@ def rungs(choice: Choice, device: torch.device) -> list[str]:
         ladder += [
             name for name in order if name in proven and BACKENDS[name].bits == 16 and name != choice.name
         ][:1]
-    return ladder if "sdpa-math" in ladder else [*ladder, "sdpa-math"]
+    return ladder if LAST_RESORT in ladder else [*ladder, LAST_RESORT]
 
 
 def named(name: str, device: torch.device) -> Run:

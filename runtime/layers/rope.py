@@ -61,14 +61,17 @@ def _table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> R
         return cos.view(1, -1, 1, head_dim // 2), sin.view(1, -1, 1, head_dim // 2)
 
 
-def norm_rope(x: Tensor, norm: RMSNorm, num_heads: int, table: RopeTable | None = None) -> Tensor:
+def norm_rope(
+    x: Tensor, norm: RMSNorm, num_heads: int, table: RopeTable | None = None, into: Tensor | None = None
+) -> Tensor:
     """Heads of norm(x), turned by `table` if there is one: x (B, L, H·D) -> (B, L, H, D).
 
-    A kernel does both at once, in x's own memory, with one rounding.
+    A kernel does both at once, with one rounding, in x's own memory or in `into`, (B, L, H, D) contiguous.
     """
     if by_kernel(x):
         turn = None if table is None else (table[0][0], table[1][0])  # (L, 1, D/2) each
-        x = rms_rope(x, norm.weight, norm.eps, x.shape[-1] // num_heads, turn)
+        place = None if into is None else into.flatten(2)
+        x = rms_rope(x, norm.weight, norm.eps, x.shape[-1] // num_heads, turn, place)
         return x.unflatten(-1, (num_heads, -1))
     heads = norm(x).unflatten(-1, (num_heads, -1))
     return heads if table is None else apply_rope(heads, table)

@@ -25,7 +25,9 @@ def in_slices(f: Callable[..., Any], *inputs: Tensor, step: int | None, into: Pl
     f maps tensors (B or 1, n, ...) to one tensor (B, n, ...) or a tuple of them and treats tokens
     independently. With `step` None, or no smaller than the number of tokens, it is called once, and gradients
     flow as usual; `into` is not touched then. Otherwise the results go to `into` where that is given, one
-    tensor for each (it may be an input, which is then overwritten slice after slice), else to new ones.
+    tensor for each (it may be an input, which is then overwritten slice after slice), else to new ones. Where
+    `into` is several, f gets their slices as the keyword `into` and may write there itself: a result that
+    lies there already is not copied.
     """
     count = inputs[0].shape[1]
     if step is None or step >= count:
@@ -33,14 +35,17 @@ def in_slices(f: Callable[..., Any], *inputs: Tensor, step: int | None, into: Pl
     alone = True
     made: list[Tensor] = [] if into is None else [into] if isinstance(into, Tensor) else [*into]
     for start in range(0, count, step):
-        part = f(*(tensor[:, start : start + step] for tensor in inputs))
+        places = [place[:, start : start + step] for place in made]
+        there = {} if into is None or isinstance(into, Tensor) else {"into": places}
+        part = f(*(tensor[:, start : start + step] for tensor in inputs), **there)
         alone = isinstance(part, Tensor)
         pieces = [part] if isinstance(part, Tensor) else [*part]
-        del part
         for place in range(len(pieces)):
             piece = pieces[place]
             if place == len(made):
                 made.append(piece.new_empty((piece.shape[0], count, *piece.shape[2:])))
-            made[place][:, start : start + step] = piece
-        del piece, pieces  # before the next slice makes its own
+            target = made[place][:, start : start + step]
+            if piece.data_ptr() != target.data_ptr() or piece.is_meta:
+                target.copy_(piece)
+        del part, piece, pieces, places, there, target  # before the next slice makes its own
     return made[0] if alone else tuple(made)

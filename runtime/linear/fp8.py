@@ -11,6 +11,8 @@ Ways to multiply, the first that works on the GPU, found by a trial run that is 
                version of torch. It writes bf16 only and takes a bias in bf16: one stored in fp32 is rounded.
   unscaled     torch._scaled_mm with scales of 1 and fp32 output, then the scales and the bias. Ada and newer;
                the way for fp16 and fp32 activations too.
+  fused        our own kernel with the scales and the bias in its epilogue (runtime/kernels/w8a8.py, Triton):
+               where torch has neither, and for the sizes at which it was measured to be faster (`prefer`)
   dequantized  W in x's dtype and a plain product: Ampere, which has no fp8, and sizes that are no multiple
                of 16.
 On the CPU it is `reference`.
@@ -25,7 +27,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from runtime.linear.module import QuantizedLinear, first_working, forced, pad_rows, rescale
+from runtime.kernels.configs import chosen
+from runtime.kernels.launch import E4M3, LOWEST, capability, fused, trouble
+from runtime.kernels.row_quantize import row_quantize
+from runtime.kernels.w8a8 import w8a8, w8a8_triton
+from runtime.linear.module import QuantizedLinear, first_working, forced, pad_rows, preferred, rescale
 from runtime.linear.quantize import FP8, Format, quantize_rows
 
 FAST_ACCUMULATION = False
@@ -36,7 +42,7 @@ class Fp8Linear(QuantizedLinear):
     """y = x W^T + bias, with e4m3 weights scaled per output channel and activations scaled per token."""
 
     form: ClassVar[Format] = FP8
-    PREPARED: ClassVar[tuple[str, ...]] = ("rowwise",)
+    PREPARED: ClassVar[tuple[str, ...]] = ("rowwise", "fused")
 
     def multiply(self, rows: Tensor) -> Tensor:
         """rows (M, in) -> (M, out), in the way that the device has."""
@@ -47,22 +53,33 @@ class Fp8Linear(QuantizedLinear):
             return self.in_slices(rows, self._rowwise)
         if way == "unscaled":
             return self.in_slices(rows, self._unscaled)
+        if way == "fused":
+            return self.product(*row_quantize(rows, E4M3), rows.dtype)
         return self.dequantized(rows)
 
     def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """rowwise, which is the one way that takes quantized rows whole; dtype is bf16."""
+        """rowwise, for bf16 alone, or fused: the ways that take quantized rows whole."""
+        if self._way(q, dtype) == "fused":
+            bias = self.bias
+            return w8a8(q, self.weight, scale, self.weight_scale, bias, dtype, fast=FAST_ACCUMULATION)
         return self._rowwise(q, scale)
 
     def way(self, rows: Tensor) -> str:
         """How rows are multiplied on their device; the names stand at the head of this file."""
+        return self._way(rows, rows.dtype)
+
+    def _way(self, rows: Tensor, dtype: torch.dtype) -> str:
         if forced_name := forced():
             return forced_name
-        if rows.device.type != "cuda":
+        device = rows.device
+        if device.type != "cuda":
             return "reference"
         if self.in_features % _MULTIPLE or self.out_features % _MULTIPLE:
             return "dequantized"
-        way = _device_way(rows.device)
-        return "unscaled" if way == "rowwise" and rows.dtype != torch.bfloat16 else way
+        if preferred(device, self.weight) == "fused" and fused(rows, E4M3) and _fused_works(device):
+            return "fused"
+        way = _device_way(device)
+        return "unscaled" if way == "rowwise" and dtype != torch.bfloat16 else way
 
     def _reference(self, q: Tensor, scale: Tensor) -> Tensor:
         return rescale(q.float() @ self.weight.float().t(), scale, self.weight_scale, self.bias)
@@ -132,9 +149,14 @@ def scaled_mm_unscaled(q: Tensor, weight: Tensor) -> Tensor:
 @cache
 def _device_way(device: torch.device) -> str:
     """The best way of this GPU; three small products, once per process."""
-    return first_working(
-        device, {"rowwise": _try_rowwise, "unscaled": _try_unscaled}, otherwise="dequantized"
-    )
+    trials = {"rowwise": _try_rowwise, "unscaled": _try_unscaled, "fused": _try_fused}
+    return first_working(device, trials, otherwise="dequantized")
+
+
+@cache
+def _fused_works(device: torch.device) -> bool:
+    """Whether our own kernel is right on this GPU; one small product, once per process."""
+    return first_working(device, {"fused": _try_fused}, otherwise="") == "fused"
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,4 +185,15 @@ def _try_unscaled(device: torch.device) -> bool:
     x, weight, weight_scale, bias = _example(device)
     q, scale = quantize_rows(x, FP8)
     y = rescale(scaled_mm_unscaled(q, weight), scale, weight_scale, bias)
+    return _agrees(y, reference(x, weight, weight_scale, bias))
+
+
+def _try_fused(device: torch.device) -> bool:
+    # Not `fused`, which also says whether kernels are wanted now: the answer here is for the whole process.
+    if capability(device) < LOWEST[E4M3] or trouble(device) is not None:
+        return False
+    x, weight, weight_scale, bias = _example(device)
+    q, scale = quantize_rows(x, FP8)
+    config = chosen(device, E4M3, *weight.shape)
+    y = w8a8_triton(q, weight, scale, weight_scale, bias, torch.bfloat16, False, FAST_ACCUMULATION, config)
     return _agrees(y, reference(x, weight, weight_scale, bias))

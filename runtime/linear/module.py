@@ -6,7 +6,7 @@ The sum is evaluated in fp32 and rounded once, to x's dtype. For all tokens of a
 be gigabytes, so rows go through in slices of bounded size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar, Self
 
@@ -154,8 +154,29 @@ def forced() -> str | None:
     return _forced[-1] if _forced else None
 
 
+_measured: dict[tuple[torch.device, torch.dtype, int, int], str] = {}
+
+
+def prefer(way: str | None, device: torch.device, dtype: torch.dtype, columns: int, depth: int) -> None:
+    """From now on, layers with a weight (columns, depth) of `dtype` multiply in this way on `device`.
+
+    As far as it works there; None: in the first one that does. Of the ways that need no more memory than
+    the usual one, whoever measured says which.
+    """
+    key = (device, dtype, columns, depth)
+    if way is None:
+        _measured.pop(key, None)
+    else:
+        _measured[key] = way
+
+
+def preferred(device: torch.device, weight: Tensor) -> str | None:
+    """The way that was measured to be the fastest for such a weight, None where nobody did."""
+    return _measured.get((device, weight.dtype, weight.shape[0], weight.shape[1]))
+
+
 def first_working(
-    device: torch.device, trials: dict[str, Callable[[torch.device], bool]], otherwise: str
+    device: torch.device, trials: Mapping[str, Callable[[torch.device], bool]], otherwise: str
 ) -> str:
     """The first way whose trial run is right on `device`, else `otherwise`.
 

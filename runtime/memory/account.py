@@ -16,9 +16,9 @@ from runtime.memory.decode_costs import H200_BF16, decode_bytes, decode_time_fac
 from runtime.memory.sizes import ModelSizes, decoder_parameters
 from runtime.memory.speeds import Speeds
 
-TOKEN_SLICES = (4096, 2048, 1024, 512)
-"""Tokens in a slice, the usual first: it is the same for every placement, so that latents are the same
-too."""
+SHORT_SLICES = (2048, 1024, 512)
+"""Tokens in a slice where memory is short; else `costs.usual_slice`, which is the same for every placement,
+so that latents are the same too."""
 
 SLOTS = 2
 """One block computes while the next one is copied."""
@@ -76,11 +76,13 @@ class Budget:
 class Wish:
     """What the profile would like to stay on the GPU for the next video, if all fits together.
 
-    alternatives: other variants of the model, name -> sizes, for the advice when nothing fits.
+    alternatives: other variants of the model, name -> sizes, for the advice when nothing fits. attention: the
+    8-bit backend that works here, if one does: it is faster and needs more memory.
     """
 
     text_stays: bool = False
     vae_stays: bool = False
+    attention: str = ""
     alternatives: Mapping[str, ModelSizes] = field(default_factory=dict)
 
 
@@ -120,12 +122,19 @@ class Inputs:
         """Where the models compute."""
         return "cuda" if self.budget.vram else "cpu"
 
+    @property
+    def fused(self) -> bool:
+        """Whether fused kernels do what lies between the products."""
+        return self.speeds.fused and self.device == "cuda"
+
 
 @dataclass(frozen=True)
 class Choice:
     """The decisions from which the rest of a plan follows. resident, cached: how many blocks.
 
-    release: the blocks' buffers leave before the decode.
+    release: the blocks' buffers leave before the decode. text_kv: the keys and values of the text stay from
+    its first forward on, and what makes them does not come again; they leave before the decode. attention:
+    the 8-bit backend of tokens among each other; empty: one in 16 bits.
     """
 
     ring: Ring
@@ -137,6 +146,8 @@ class Choice:
     rung: Rung
     vae_stays: bool = False
     release: bool = True
+    text_kv: bool = False
+    attention: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------- memory
@@ -171,9 +182,10 @@ def device_parts(inputs: Inputs, choice: Choice) -> Parts:
     entry = costs.entry_activations(sizes, job.steps, job.forwards)
     phases["entry"] = there | {"embeddings": sizes.entry, "activations": entry}
     activations = costs.activations(
-        sizes, job.video, choice.token_slice, job.forwards, inputs.speeds.fused and inputs.device == "cuda"
+        sizes, job.video, choice.token_slice, job.forwards, inputs.fused, choice.attention
     )
-    phases["denoise"] = there | stays | {"activations": activations}
+    kept = {"text keys and values": costs.text_keys_values(sizes, job.forwards)} if choice.text_kv else {}
+    phases["denoise"] = there | stays | kept | {"activations": activations}
     decode = {"VAE and frames": decoding(inputs, choice.rung)}
     phases["decode"] = ({} if choice.release else buffers) | small | stays | encoder | decode
     for parts in phases.values():
@@ -210,8 +222,8 @@ def host_bytes(inputs: Inputs, choice: Choice, parts: Parts) -> dict[str, int]:
     """phase -> resident RAM: the process, the ring, the cache, the VAE at rest, the frames; on the CPU all
     parts.
 
-    What is loaded whole goes through RAM tensor by tensor. The cache fills while denoising and stays until
-    the end; the decode ends with all frames in RAM.
+    What is loaded whole goes through RAM tensor by tensor, to a GPU piece by piece. The cache fills while
+    denoising and stays until the end; the decode ends with all frames in RAM.
     """
     sizes, cuda = inputs.sizes, inputs.device == "cuda"
     base = (costs.PROCESS_CUDA if cuda else costs.PROCESS_CPU) + costs.HOST_SLACK + choice.ring.nbytes
@@ -221,10 +233,13 @@ def host_bytes(inputs: Inputs, choice: Choice, parts: Parts) -> dict[str, int]:
     host = {}
     for phase, there in parts.items():
         host[phase] = base + (0 if cuda else sum(there.values()))
-        host[phase] += sizes.entry_host if phase == "entry" else 0
-        host[phase] += sizes.token_table if phase == "text" and choice.text == "resident" and cuda else 0
+        if cuda and (phase == "entry" or (phase == "text" and choice.text == "resident")):
+            host[phase] += costs.STAGED
+        elif phase == "entry":
+            host[phase] += sizes.entry_host
         host[phase] += cache if phase in ("denoise", "decode") else 0
-        host[phase] += costs.host_frames(inputs.job.video) if phase == "decode" else 0
+        if phase == "decode":
+            host[phase] += costs.host_frames(inputs.job.video) + (costs.DECODE_HOST if cuda else 0)
     return host
 
 
@@ -235,8 +250,7 @@ def times(inputs: Inputs, choice: Choice) -> tuple[int, dict[str, Estimate]]:
     """Bytes read from disk for one video, and phase -> its time."""
     sizes, job, speeds = inputs.sizes, inputs.job, inputs.speeds
     blocks, cuda = sizes.blocks, inputs.device == "cuda"
-    streamed = blocks.count - choice.resident
-    stored = streamed - choice.cached
+    stored = blocks.count - choice.resident - choice.cached
 
     seconds: dict[str, Estimate] = {}
     start = costs.START_SECONDS if cuda else costs.START_CPU_SECONDS
@@ -253,37 +267,72 @@ def times(inputs: Inputs, choice: Choice) -> tuple[int, dict[str, Estimate]]:
             terms["PCIe"] = nbytes / speeds.copied_to_gpu(choice.ring.pinned)
         seconds["text"] = _longest(terms)
 
-    passes = job.steps * job.forwards
-    # The first pass reads every block, wherever it will lie; resident blocks come in their turn.
-    first = pass_seconds(inputs, choice, stored=blocks.count, cached=0, copied=blocks.count)
-    later = pass_seconds(inputs, choice, stored=stored, cached=choice.cached, copied=streamed)
-    disk += blocks.stored * (blocks.count + (passes - 1) * stored)
-    total = {term: first[term] + (passes - 1) * later[term] for term in first}
-    # With one slot nothing overlaps.
-    lone = choice.slots == 1 and streamed > 1
-    one, other = (sum(terms.values()) if lone else max(terms.values()) for terms in (first, later))
-    seconds["denoise"] = Estimate(one + (passes - 1) * other, _longest(total).limit)
+    whole, lean = later_passes(inputs, choice)
+    disk += blocks.stored * (blocks.count + whole * stored)
+    disk += (blocks.stored - blocks.text_stored) * lean * stored
+    seconds["denoise"] = denoise_time(inputs, choice)
     slowdown = decode_slowdown(inputs, choice.rung)
     seconds["decode"] = Estimate(costs.decode_seconds(sizes, job.video, speeds, slowdown), "compute")
     seconds["mp4"] = Estimate(costs.MP4_SECONDS * job.video.pixels, "compute")
     return disk, seconds
 
 
+def later_passes(inputs: Inputs, choice: Choice) -> tuple[int, int]:
+    """Passes over the blocks after the first: with all matrices, and without what makes the text's keys and
+    values. The first forward of each text needs those too.
+    """
+    job = inputs.job
+    passes = job.steps * job.forwards
+    lean = passes - job.forwards if choice.text_kv else 0
+    return passes - 1 - lean, lean
+
+
+def denoise_time(inputs: Inputs, choice: Choice) -> Estimate:
+    """All steps. The first pass reads every block, wherever it will lie; residents come in their turn."""
+    count = inputs.sizes.blocks.count
+    streamed = count - choice.resident
+    stored = streamed - choice.cached
+    whole, lean = later_passes(inputs, choice)
+    kinds = (
+        (1, pass_seconds(inputs, choice, stored=count, cached=0, copied=count)),
+        (whole, pass_seconds(inputs, choice, stored=stored, cached=choice.cached, copied=streamed)),
+        (lean, pass_seconds(inputs, choice, stored=stored, cached=choice.cached, copied=streamed, lean=True)),
+    )
+    total = {term: sum(times * terms[term] for times, terms in kinds) for term in kinds[0][1]}
+    # With one slot nothing overlaps.
+    lone = choice.slots == 1 and streamed > 1
+    seconds = sum(times * (sum(terms.values()) if lone else max(terms.values())) for times, terms in kinds)
+    return Estimate(seconds, _longest(total).limit)
+
+
+def moved(inputs: Inputs, choice: Choice) -> int:
+    """Bytes of matrices that come to the device in the passes after the first."""
+    blocks = inputs.sizes.blocks
+    whole, lean = later_passes(inputs, choice)
+    each = whole * blocks.matrices + lean * (blocks.matrices - blocks.text_matrices)
+    return (blocks.count - choice.resident) * each
+
+
 def pass_seconds(
-    inputs: Inputs, choice: Choice, *, stored: int, cached: int, copied: int
+    inputs: Inputs, choice: Choice, *, stored: int, cached: int, copied: int, lean: bool = False
 ) -> dict[str, float]:
     """Seconds of each term of one pass over all blocks; they overlap, so the longest is the pass.
 
-    stored, cached, copied: blocks that are read from disk, taken from the cache, copied to the GPU.
+    stored, cached, copied: blocks that are read from disk, taken from the cache, copied to the GPU; `lean`:
+    without what makes the text's keys and values. The few milliseconds of making them count in every pass, so
+    that nothing is taken off the GPU for their sake.
     """
     blocks, speeds = inputs.sizes.blocks, inputs.speeds
+    read, brought = blocks.stored, blocks.matrices
+    if lean:
+        read, brought = read - blocks.text_stored, brought - blocks.text_matrices
     terms = {
-        "compute": costs.forward_seconds(inputs.sizes, inputs.job.video, speeds),
-        "disk": stored * blocks.stored / speeds.disk,
-        "RAM": cached * blocks.matrices / speeds.ram_copy,
+        "compute": costs.forward_seconds(inputs.sizes, inputs.job.video, speeds, choice.attention),
+        "disk": stored * read / speeds.disk,
+        "RAM": cached * brought / speeds.ram_copy,
     }
     if inputs.device == "cuda":
-        terms["PCIe"] = copied * blocks.matrices / speeds.copied_to_gpu(choice.ring.pinned)
+        terms["PCIe"] = copied * brought / speeds.copied_to_gpu(choice.ring.pinned)
     return terms
 
 

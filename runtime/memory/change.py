@@ -6,6 +6,10 @@ from runtime.memory.plan import Plan
 def change(before: Plan, after: Plan) -> str:
     """The differences that make `after` leaner: `12 instead of 24 resident blocks, decode "2x2"`."""
     found = []
+    if before.text_kv and not after.text_kv:
+        found.append("the text's keys and values made in each step")
+    if before.attention and not after.attention:
+        found.append("attention in 16 bits")
     if after.token_slice != before.token_slice:
         found.append(f"slices of {after.token_slice} tokens")
     if len(after.blocks.resident) != len(before.blocks.resident):

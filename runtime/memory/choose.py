@@ -13,8 +13,8 @@ from runtime.memory.account import (
     CHUNK,
     CHUNKS,
     FEW_CHUNKS,
+    SHORT_SLICES,
     SLOTS,
-    TOKEN_SLICES,
     Choice,
     Inputs,
     Ring,
@@ -22,14 +22,19 @@ from runtime.memory.account import (
     Wish,
     decode_slowdown,
     decoding,
+    denoise_time,
     device_parts,
     host_bytes,
+    later_passes,
+    moved,
     pass_seconds,
+    times,
 )
-from runtime.memory.costs import MIB
+from runtime.memory.costs import LONGEST_SLICE, MIB, usual_slice
 from runtime.memory.decode_costs import rungs
 
 BEFORE_DECODE = ("text", "entry", "denoise")
+ROUNDING = 1e-10  # times that differ by less are the same
 
 
 class DoesNotFitError(Exception):
@@ -41,18 +46,61 @@ class DoesNotFitError(Exception):
 
 
 def choose(inputs: Inputs, wish: Wish) -> Choice:
-    """The decisions for `inputs`. Raises DoesNotFitError when even the leanest are too much."""
-    choice = _leanest_start(inputs)
-    usual = choice.token_slice == _slices(inputs)[0]
+    """The decisions for `inputs`. Raises DoesNotFitError when even the leanest are too much.
+
+    An attention in 8 bits if that is faster, with what remains for blocks beside its copies.
+    """
+    plain = _chosen(inputs, wish, "")
+    if not wish.attention or inputs.device == "cpu":
+        return plain
+    try:
+        eight_bits = _chosen(inputs, wish, wish.attention)
+    except DoesNotFitError:
+        return plain
+    faster = denoise_time(inputs, eight_bits).seconds <= denoise_time(inputs, plain).seconds
+    return eight_bits if faster else plain
+
+
+def _chosen(inputs: Inputs, wish: Wish, attention: str) -> Choice:
+    choice = _leanest_start(inputs, attention)
+    usual = choice.token_slice == _slices(inputs, attention)[0]
     if inputs.device == "cpu":
         # There the ring takes the same memory as the blocks, and what fits is simply there: nothing visits.
         wish = Wish(text_stays=True)
         usual = usual and choice.ring.chunks == FEW_CHUNKS[0]
-    if usual:
-        choice = _with_residents(inputs, choice)
-    if not choice.slots:
-        choice = _with_stays(inputs, choice, wish)
-    return with_cache(inputs, _with_rung(inputs, choice))
+    if not usual:
+        return with_cache(inputs, _with_rung(inputs, choice))
+    filled = _with_residents(inputs, choice)
+    if not filled.slots:
+        choice = _with_rung(inputs, _with_stays(inputs, filled, wish))
+        return _if_it_fits(inputs, with_cache(inputs, choice))
+    ways = [with_cache(inputs, _with_rung(inputs, filled))]
+    kept = _if_it_fits(inputs, choice)
+    if kept.text_kv:
+        ways.append(with_cache(inputs, _with_rung(inputs, _with_residents(inputs, kept))))
+    return _fastest(inputs, ways)
+
+
+def _if_it_fits(inputs: Inputs, choice: Choice) -> Choice:
+    """The same with the text's keys and values kept, if that fits and there is a step that uses them."""
+    kept = replace(choice, text_kv=True)
+    useful = later_passes(inputs, kept)[1] > 0
+    return kept if useful and exceeds(inputs, kept, BEFORE_DECODE) is None else choice
+
+
+def _fastest(inputs: Inputs, ways: Sequence[Choice]) -> Choice:
+    """The one that denoises soonest; of those as fast (computing hides the copies) the one that reads least
+    from disk, then the one that moves least.
+
+    GPU memory for the text's keys and values, 419 MB a text at 14B, spares two of the ten matrices of each
+    block that streams; as resident blocks it spares one block or two. So the first pays while many stream.
+    """
+    seconds = [denoise_time(inputs, way).seconds for way in ways]
+    soonest = min(seconds) * (1 + ROUNDING)
+    return min(
+        (way for way, took in zip(ways, seconds, strict=True) if took <= soonest),
+        key=lambda way: (times(inputs, way)[0], moved(inputs, way)),
+    )
 
 
 def exceeds(
@@ -85,20 +133,22 @@ def _chunk(inputs: Inputs) -> int:
     return min(CHUNK, (largest // MIB + 2) * MIB)
 
 
-def _slices(inputs: Inputs) -> tuple[int | None, ...]:
+def _slices(inputs: Inputs, attention: str = "") -> tuple[int | None, ...]:
     """Slices of tokens to try, the usual first: on the CPU all tokens at once."""
-    return TOKEN_SLICES if inputs.device == "cuda" else (None, *TOKEN_SLICES)
+    usual = usual_slice(inputs.sizes, inputs.job.video, inputs.fused, attention)
+    longer = (usual,) if usual == LONGEST_SLICE or inputs.device == "cpu" else (usual, LONGEST_SLICE)
+    return (*(() if inputs.device == "cuda" else (None,)), *longer, *SHORT_SLICES)
 
 
-def _leanest_start(inputs: Inputs) -> Choice:
+def _leanest_start(inputs: Inputs, attention: str) -> Choice:
     """No resident and no cached block; the longest ring and slices that fit."""
     text: Text = "streamed" if inputs.job.encode_text else "known"
     slots = min(SLOTS, inputs.sizes.blocks.count)
     fault = None
-    for number, slices in ((slots, _slices(inputs)), (1, TOKEN_SLICES[-1:])):
+    for number, slices in ((slots, _slices(inputs, attention)), (1, SHORT_SLICES[-1:])):
         for ring in _rings(inputs):
             for token_slice in slices:
-                choice = Choice(ring, text, 0, 0, number, token_slice, WHOLE)
+                choice = Choice(ring, text, 0, 0, number, token_slice, WHOLE, attention=attention)
                 fault = exceeds(inputs, choice, BEFORE_DECODE)
                 if fault is None:
                     return choice
@@ -156,6 +206,7 @@ def _tiled(inputs: Inputs, choice: Choice) -> Rung:
 
 def with_cache(inputs: Inputs, choice: Choice) -> Choice:
     """As many cached blocks as fit in RAM, as long as that is no slower than reading them from the disk."""
+    lean = later_passes(inputs, choice)[1] > 0
     choice = replace(choice, cached=0)
     if inputs.device == "cpu":
         return choice
@@ -167,7 +218,9 @@ def with_cache(inputs: Inputs, choice: Choice) -> Choice:
         candidate = replace(choice, cached=cached)
         if exceeds(inputs, replace(candidate, ring=longest), ("denoise", "decode")) is not None:
             break
-        terms = pass_seconds(inputs, candidate, stored=streamed - cached, cached=cached, copied=streamed)
+        terms = pass_seconds(
+            inputs, candidate, stored=streamed - cached, cached=cached, copied=streamed, lean=lean
+        )
         if max(terms.values()) <= seconds:
             best, seconds = candidate, max(terms.values())
     return best
@@ -186,9 +239,15 @@ def leaner(inputs: Inputs, choice: Choice, phase: str) -> list[Choice]:
         return [*released, *_leaving(choice), *(replace(choice, rung=rung, release=True) for rung in smaller)]
     slices: list[Choice] = []
     if phase == "denoise":
+        kept, choice = choice.text_kv, replace(choice, text_kv=False)
+        slices = [choice] if kept else []
         tokens = inputs.job.video.tokens
         now = min(choice.token_slice or tokens, tokens)
-        slices = [replace(choice, token_slice=n) for n in TOKEN_SLICES if n < now]
+        if choice.attention:
+            shortest = min(now, *(n for n in _slices(inputs)[:1] if n is not None))
+            choice = replace(choice, attention="", token_slice=shortest)
+            slices, now = [*slices, choice], shortest
+        slices += [replace(choice, token_slice=n) for n in _slices(inputs) if n is not None and n < now]
     return slices + _leaving(choice) + _fewer_blocks(inputs, choice)
 
 

@@ -33,6 +33,20 @@ RESERVED_SHARE = 0.015
 ATTENTION_WORKSPACE = 4
 """Bytes per token and head that the attention kernel keeps: the logarithm of its sums, fp32."""
 
+STATES = 5.0
+"""States of all tokens, U each, that an attention in 16 bits has alive: x, q, k, v and its result."""
+
+STATES_8BIT = {"cudnn-fp8": 6.0, "sage1": 7.0, "sage2": 6.5, "sage2-fp16": 6.5, "sage2-fp32": 6.5}
+"""The same in 8 bits, by backend: x, q, k, v, the 8-bit copies of the last three (half a U each), and the
+result, which cuDNN makes in 8 bits; SageAttention makes its own in 16 and may turn v around in 16 bits first.
+Counted for cudnn-fp8 (`tests/unit/test_cudnn_fp8.py`), read from the published code for Sage."""
+
+FASTER_8BIT = 1.4
+"""Of an attention in 8 bits against one in 16: 27.4 against 38.4 ms on the H200. Elsewhere a guess."""
+
+LONGEST_SLICE = 4096
+"""Tokens that a slice has at least, unless memory is short."""
+
 LATENT_COPIES = 6
 """fp32 tensors of the latents' size during a step: latents, noise, velocity, their unpatching, the
 sampler's sum."""
@@ -61,6 +75,14 @@ RAM_MARGIN = 512 * MIB
 
 HOST_SLACK = 64 * MIB
 """Headers of the files, tokenizer, Python's own growth during a run."""
+
+STAGED = 128 * MIB
+"""A tensor on its way to the GPU outside of the ring: a piece of 64 MiB as it was read, and another as it is
+copied (`runtime.checkpoint`)."""
+
+DECODE_HOST = 96 * MIB
+"""What the decode's own libraries (cuDNN's convolutions) and its pinned copies of frames add to the process;
+from runs on the H200."""
 
 ENCODER_BASE = 16 * MIB
 """The mp4 encoder's memory for the smallest picture (`runtime.video_writer`, a test compares)."""
@@ -136,24 +158,44 @@ def reserved(live: int) -> int:
     return RESERVED_FIXED + int(live * RESERVED_SHARE)
 
 
+def usual_slice(sizes: ModelSizes, video: Geometry, fused: bool, attention: str = "") -> int:
+    """Tokens of a slice where memory is not short: as many as need no more than the attention does.
+
+    All slices are as long as each other, in steps of 256 tokens; what they have to themselves is what the
+    attention has beyond the 4U that live throughout (`activations`).
+    """
+    state = video.tokens * sizes.dim * sizes.itemsize
+    room = (STATES_8BIT.get(attention, STATES) - 4) * state
+    each = slice_bytes(sizes, 1024, fused) / 1024
+    most = max(int(room / each) // 256 * 256, LONGEST_SLICE)
+    even = -(-video.tokens // -(-video.tokens // most))
+    return max(-(-even // 256) * 256, LONGEST_SLICE)
+
+
 def activations(
-    sizes: ModelSizes, video: Geometry, token_slice: int | None, forwards: int = 1, fused: bool = False
+    sizes: ModelSizes,
+    video: Geometry,
+    token_slice: int | None,
+    forwards: int = 1,
+    fused: bool = False,
+    attention: str = "",
 ) -> int:
-    """Most bytes alive during one forward, weights not counted.
+    """Most bytes alive during one forward, weights not counted. attention: the 8-bit backend, if it is one.
 
     Sliced (`Transformer.velocity`): x, and q, k, v in one workspace, live throughout: 4U. Attention writes
-    one U more, which goes to q's place; then slices run beside the 4U: max(5U + workspace, 4U + slice). A
-    video of one slice has no workspace: x and attention's result live beside the slice, 2U + slice, or again
-    5U. To it come the rotary table (cosines and sines, fp32, half a head each), keys and values of the text,
-    the embedded text of each forward, and the latents.
+    one U more, which goes to q's place, and in 8 bits has its copies; then slices run beside the 4U:
+    max(5U + workspace, 4U + slice). A video of one slice has no workspace: x and attention's result live
+    beside the slice, 2U + slice, or again 5U. To it come the rotary table (cosines and sines, fp32, half a
+    head each), keys and values of the text, the embedded text of each forward, and the latents.
     """
     tokens, e = video.tokens, sizes.itemsize
     state = tokens * sizes.dim * e
-    attention = 5 * state + tokens * sizes.num_heads * ATTENTION_WORKSPACE
+    states = STATES_8BIT.get(attention, STATES)
+    mixing = int(states * state) + tokens * sizes.num_heads * ATTENTION_WORKSPACE
     if token_slice is None or token_slice >= tokens:
-        block = max(attention, 2 * state + slice_bytes(sizes, tokens, fused))
+        block = max(mixing, 2 * state + slice_bytes(sizes, tokens, fused))
     else:
-        block = max(attention, 4 * state + slice_bytes(sizes, token_slice, fused))
+        block = max(mixing, 4 * state + slice_bytes(sizes, token_slice, fused))
     rope = 2 * tokens * (sizes.head_dim // 2) * 4
     text = sizes.text_len * sizes.dim * e * (2 + forwards)
     return block + rope + text + LATENT_COPIES * video.latents
@@ -180,6 +222,11 @@ def slice_bytes(sizes: ModelSizes, count: int, fused: bool = False) -> int:
     second = count * e * (f + 2 * d) + rows * f * QUANTIZING
     first = count * e * (f + 2 * d) + rows * (f * INTEGER_SUMS + d) if sizes.quantization == "int8" else 0
     return max(wide, second, first)
+
+
+def text_keys_values(sizes: ModelSizes, texts: int) -> int:
+    """Keys and values of `texts` texts in all blocks, kept: 2nD numbers a block and text."""
+    return texts * sizes.blocks.count * 2 * sizes.text_len * sizes.dim * sizes.itemsize
 
 
 def entry_activations(sizes: ModelSizes, steps: int, forwards: int) -> int:
@@ -215,7 +262,7 @@ def host_frames(video: Geometry) -> int:
 # ------------------------------------------------------------------------------------------------------ time
 
 
-def forward_seconds(sizes: ModelSizes, video: Geometry, speeds: Speeds) -> float:
+def forward_seconds(sizes: ModelSizes, video: Geometry, speeds: Speeds, attention: str = "") -> float:
     """One forward of the transformer, its weights being there.
 
     Products: 2 * (6 D^2 + 2 D F) operations a token and block (q, k, v, o; cross q, o; feed-forward), and
@@ -223,12 +270,11 @@ def forward_seconds(sizes: ModelSizes, video: Geometry, speeds: Speeds) -> float
     """
     tokens, d, f = video.tokens, sizes.dim, sizes.ffn_dim
     products = tokens * 2 * (6 * d * d + 2 * d * f) + sizes.text_len * 4 * d * d
-    attention = 4 * tokens * d * (tokens + sizes.text_len)
+    faster = FASTER_8BIT if attention else 1.0  # which is of tokens among each other alone
+    mixed = 4 * tokens * d * (tokens / faster + sizes.text_len)
     passes = FUSED_PASSES if speeds.fused else PASSES
     moved = passes.get(sizes.quantization, passes["bf16"]) * tokens * d * sizes.itemsize
-    block = (
-        products / speeds.matmul(sizes.quantization) + attention / speeds.attention + moved / speeds.memory
-    )
+    block = products / speeds.matmul(sizes.quantization) + mixed / speeds.attention + moved / speeds.memory
     return sizes.blocks.count * block
 
 

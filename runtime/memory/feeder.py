@@ -7,7 +7,7 @@ What comes when, and why nothing can deadlock, is in `visits`.
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Feeder:
     """Brings blocks to the device ahead of the main thread. Only `stream.BlockStream` uses it.
 
     The main thread calls `begin`, then `take` and `release` for each block in order; `expect` says how many
-    passes are to come.
+    passes are to come, and `leave_out` what they do not need.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Feeder:
         self.trace: Trace | None = None
         self.waits, self.wait_seconds, self.copied_bytes = 0, 0.0, 0
         self._pieces = [split(block, ring.capacity) for block in blocks]
+        self._lean = self._pieces
         self._readers = readers
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
@@ -82,6 +83,23 @@ class Feeder:
             self.epoch.allowed = None if passes is None else begun + passes
             self._changed.notify_all()
 
+    def leave_out(self, owners: Collection[str], after: int) -> None:
+        """After `after` more passes, blocks come to slots without the matrices of the modules `owners`.
+
+        Not in the middle of a pass. Raises ValueError where a block has no other matrices.
+        """
+        lean = [
+            tuple(piece for piece in pieces if piece.matrix.owner not in owners) for pieces in self._pieces
+        ]
+        if not all(lean):
+            raise ValueError(f"a block without {', '.join(sorted(owners))} has no matrices at all")
+        with self._changed:
+            if self.epoch.broken or self.epoch.lean_ahead:  # what is on its way may lack what is needed now
+                self._rewind()
+            self._lean = lean
+            self.epoch.lean, self.epoch.whole = lean, self.epoch.passes + after if owners else None
+            self._changed.notify_all()
+
     def take(self, epoch: Epoch, index: int) -> Home:
         """Wait until block `index` is on its way, and let what is computed next wait for its last byte."""
         with self._changed:
@@ -93,6 +111,7 @@ class Feeder:
                 home, number = epoch.next_slot(), epoch.released
                 self._wait_for(lambda: number < epoch.ready, epoch, index)
                 epoch.held = index
+                home.lean = epoch.is_lean(epoch.taken)
             else:
                 resident = home
                 self._wait_for(lambda: resident.loaded, epoch, index)
@@ -191,13 +210,15 @@ class Feeder:
     def _rewind(self, preloading: bool = False) -> None:
         """End the epoch (lock held): drop what is on its way; slots are free after what computes now."""
         old = self.epoch
-        allowed = None if old.allowed is None else max(0, old.allowed - old.passes)
+        allowed, whole = (
+            None if passes is None else max(0, passes - old.passes) for passes in (old.allowed, old.whole)
+        )
         self.epoch = Epoch(self._pieces, {}, [], 0)  # nothing happens in it while the lock is let go
         while self._copying:
             self._changed.wait()
         old.end()
         self._drop_filled()
-        self.epoch = Epoch(self._pieces, self.residents, self.slots, allowed, preloading)
+        self.epoch = Epoch(self._pieces, self.residents, self.slots, allowed, preloading, self._lean, whole)
         for slot in self.slots:
             slot.free = self.lane.after_compute()
         self._changed.notify_all()

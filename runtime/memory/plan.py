@@ -1,9 +1,9 @@
 """Where everything lies during one video, what that takes and how long: decided before anything loads.
 
-`make_plan` fills a budget: the ring first, then two slots, then as many resident blocks as GPU memory
-leaves, then as many cached blocks as RAM leaves; the rest is read from disk each time. Pure arithmetic, no
-torch: `sizes` knows the bytes of the model, `speeds` what a card does in a second, `costs` the formulas,
-`account` adds them up and `choose` decides.
+`make_plan` fills a budget: the ring first, then two slots, then the text's keys and values and as many
+resident blocks as GPU memory leaves, then as many cached blocks as RAM leaves; the rest is read from disk
+each time. Pure arithmetic, no torch: `sizes` knows the bytes of the model, `speeds` what a card does in a
+second, `costs` the formulas, `account` adds them up and `choose` decides.
 
 On the CPU (`Budget.vram` 0) the blocks compute where they lie: resident ones in RAM, the others come through
 slots in RAM, and nothing is cached.
@@ -67,6 +67,8 @@ class Plan:
     rung: Rung
     vae_stays: bool
     release_for_decode: bool
+    text_kv: bool
+    attention: str
     parts: Parts
     host: Mapping[str, int]
     disk_bytes: int
@@ -127,10 +129,10 @@ class Plan:
     def lower(self, phase: str) -> "Plan | None":
         """The next leaner plan after memory ran out in `phase`, None when there is none.
 
-        Denoise: shorter slices of tokens, then what only stays for the next video leaves, then half the
-        resident blocks ..., at last one slot. Text and entry: the same without slices. Decode: the blocks
-        leave, then what else stays, then smaller rungs. Each plan takes less in that phase than the one
-        before, and no more in any other.
+        Denoise: the text's keys and values leave, then shorter slices of tokens, then what only stays for
+        the next video leaves, then half the resident blocks ..., at last one slot. Text and entry: the same
+        without the first two. Decode: the blocks leave, then what else stays, then smaller rungs. Each plan
+        takes less in that phase than the one before, and no more in any other.
         """
         for choice in leaner(self.inputs, self._choice(), phase):
             lower = assemble(self.inputs, with_cache(self.inputs, choice))
@@ -153,6 +155,8 @@ class Plan:
             rung=self.rung,
             vae_stays=self.vae_stays,
             release=self.release_for_decode,
+            text_kv=self.text_kv,
+            attention=self.attention,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -171,6 +175,8 @@ class Plan:
                 "rung": self.rung.name,
                 "vae_stays": self.vae_stays,
                 "release_for_decode": self.release_for_decode,
+                "text_kv": self.text_kv,
+                "attention": self.attention or "16 bits",
                 "ring": asdict(self.ring),
             },
             "predicted": {
@@ -220,6 +226,8 @@ def assemble(inputs: Inputs, choice: Choice) -> Plan:
         rung=choice.rung,
         vae_stays=choice.vae_stays,
         release_for_decode=choice.release,
+        text_kv=choice.text_kv,
+        attention=choice.attention,
         parts=parts,
         host=host_bytes(inputs, choice, parts),
         disk_bytes=disk,

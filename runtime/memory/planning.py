@@ -40,6 +40,7 @@ def plan_run(
     ram: float | None = None,
     encode_text: bool = True,
     cuda_started: bool = False,
+    attention: str = "",
 ) -> Plan:
     """The plan for one video of `request` on `device` ("cpu" or "cuda:N").
 
@@ -47,15 +48,15 @@ def plan_run(
     the plan is for the card that `profile` describes, wherever it is. files: the opened transformer, text
     encoder and VAE, else the manifest's sizes count. vram, ram: ceilings in GiB. encode_text: False when the
     text states are known. cuda_started: this process has its CUDA context already, so free memory no longer
-    contains it. Raises PlanError when nothing fits, RequestError when neither manifest nor files know the
-    sizes.
+    contains it. attention: the 8-bit backend that works on the GPU, if one does. Raises PlanError when
+    nothing fits, RequestError when neither manifest nor files know the sizes.
     """
     job = request if isinstance(request, Job) else job_of(request, encode_text)
     sizes = sizes_for(manifest, profile, files)
     budget = budget_for(profile, machine, device, vram=vram, ram=ram, cuda_started=cuda_started)
     here = machine is not None and machine.gpu is not None
     speeds = speeds_of(profile, machine.disk if machine is not None else None, here=here)
-    wish = Wish(profile.text_encoder.stay_on_gpu, profile.vae.stay_on_gpu)
+    wish = Wish(profile.text_encoder.stay_on_gpu, profile.vae.stay_on_gpu, attention)
     try:
         return make_plan(sizes, job, budget, speeds, wish)
     except PlanError:

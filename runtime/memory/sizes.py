@@ -28,6 +28,7 @@ STORED_BIAS = 4
 _FP32 = ("time_embedding", "time_projection", "modulation", "norm", "head")  # Transformer.FP32_PARAMETERS
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _TRANSFORMER_MATRIX = re.compile(r"((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
+_OF_TEXT = re.compile(r"cross_attn\.[kv]\.weight")  # Transformer.OF_TEXT
 _TEXT_MATRIX = re.compile(r"(attn\.[qkvo]|ffn\.(gate\.0|fc1|fc2))\.weight")
 _ENTRY = ("time_embedding.", "time_projection.", "text_embedding.")
 
@@ -62,13 +63,15 @@ class BlocksSize:
 
     count: how many. matrices: ONE block's streamed matrices on the GPU, padding included, of the largest
     block. small: the small tensors of ALL blocks. stored: what is read from the disk for one block's
-    matrices.
+    matrices. text_matrices, text_stored: of those two the part that sees the text alone, in the transformer.
     """
 
     count: int
     matrices: int
     small: int
     stored: int
+    text_matrices: int = 0
+    text_stored: int = 0
 
 
 @dataclass(frozen=True)
@@ -346,6 +349,7 @@ def _blocks(lying: Mapping[str, _Lying], itemsize: int, fp32: tuple[str, ...], a
     """The blocks of `lying`; each of them stands for `alike` of its kind."""
     matrices: dict[int, int] = {}
     stored: dict[int, int] = {}
+    of_text: dict[int, tuple[int, int]] = {}
     small = 0
     for name, tensor in lying.items():
         block = _BLOCK.fullmatch(name)
@@ -356,9 +360,18 @@ def _blocks(lying: Mapping[str, _Lying], itemsize: int, fp32: tuple[str, ...], a
         if _is_matrix(name):
             matrices[number] = matrices.get(number, 0) + _aligned(nbytes)
             stored[number] = stored.get(number, 0) + tensor.numbers * tensor.stored
+            if _OF_TEXT.fullmatch(block[2]):
+                so_far = of_text.get(number, (0, 0))
+                of_text[number] = so_far[0] + _aligned(nbytes), so_far[1] + tensor.numbers * tensor.stored
         else:
             small += nbytes
-    return BlocksSize(alike * len(matrices), max(matrices.values()), alike * small, max(stored.values()))
+    return BlocksSize(
+        alike * len(matrices),
+        max(matrices.values()),
+        alike * small,
+        max(stored.values()),
+        *(min(pair) for pair in zip(*of_text.values(), strict=True)),
+    )
 
 
 def _transformer(

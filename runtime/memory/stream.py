@@ -14,7 +14,7 @@ bit.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -91,6 +91,7 @@ class BlockStream(nn.ModuleList):
         self._device = torch.device(device)
         self._feeder = Feeder(self._stored, reader, ring, lane_to(self._device), readers)
         self._bound: set[int] = set()
+        self._left_out: frozenset[str] = frozenset()
         self._parked = True  # nothing on the device yet
         self._placement = _checked(placement.resident, placement.cached, placement.slots, len(self._stored))
         take_out(blocks)
@@ -132,6 +133,8 @@ class BlockStream(nn.ModuleList):
         self._unpark()
         feeder = self._feeder
         epoch = feeder.begin()
+        for index in self._bound - feeder.residents.keys():  # of an iteration that was overtaken
+            self._unbind(index)
         for index, block in enumerate(list(self._modules.values())):
             # No name for the buffer here: an error in a block keeps this frame while a leaner plan is tried.
             self._bind(index, feeder.take(epoch, index))
@@ -150,6 +153,16 @@ class BlockStream(nn.ModuleList):
     def expect(self, passes: int | None) -> None:
         """`passes` more passes are to come, and no others are fetched for. None, as at first: no end."""
         self._feeder.expect(passes)
+
+    def leave_out(self, modules: Collection[str], after: int = 0) -> None:
+        """After `after` more passes, bring blocks that stream without the matrices of some modules.
+
+        modules: names within each block; none: bring everything, as at first. What is left out is absent in
+        its pass (to compute with it is an error) and neither read, nor cached, nor copied. Between passes, or
+        after one that failed. Raises ValueError where that leaves a block no matrices.
+        """
+        self._feeder.leave_out(modules, after)
+        self._left_out = frozenset(modules)
 
     def start(self) -> None:
         """Begin to fetch now, before the first pass."""
@@ -243,15 +256,17 @@ class BlockStream(nn.ModuleList):
             torch.cuda.empty_cache()
 
     def _bind(self, index: int, home: Home) -> None:
-        """Let the modules of a block find their matrices."""
+        """Let the modules of a block find their matrices, those that are there."""
         if index in self._bound:
             return
+        left_out = self._left_out if home.lean else ()
         stored = self._stored[index]
         views = home.views.get(stored.layout)
         if views is None:
             views = home.views[stored.layout] = stored.views(home.buffer)
-        for module, view in zip(self._modules_of[index], views, strict=True):
-            module.__dict__["weight"] = view
+        for module, view, matrix in zip(self._modules_of[index], views, stored.matrices, strict=True):
+            if matrix.owner not in left_out:
+                module.__dict__["weight"] = view
         self._bound.add(index)
 
     def _unbind(self, index: int) -> None:

@@ -2,9 +2,10 @@
 
 A visit is one coming of a block to the device. Visits of blocks that stream are numbered and go to the
 slots in turn, visit v to slot v mod n; v may be copied once the main thread has released visit v - n. A
-resident block has one visit, into its lasting buffer. Readers take the pieces of the visits in order, so
-the earliest piece that is not copied yet always has a chunk, and whatever waits waits for something
-earlier: there is no deadlock, with one chunk, one slot or many readers.
+resident block has one visit, into its lasting buffer. A visit to a slot is lean, and brings only some
+matrices, where its pass needs no others. Readers take the pieces of the visits in order, so the earliest
+piece that is not copied yet always has a chunk, and whatever waits waits for something earlier: there is no
+deadlock, with one chunk, one slot or many readers.
 
 An epoch is a run of visits without a break. A pass that is left half way, a failure or another placement ends
 it; the next pass begins another.
@@ -27,6 +28,7 @@ class Home:
     buffer: Tensor  # (nbytes,) uint8
     free: Any  # event from which on it may be written
     loaded: bool = False  # residents: all copies are enqueued
+    lean: bool = False  # slots: only some matrices of the block that is computed are there
     copied: Any = None  # event of the last copy
     views: dict[Layout, tuple[Tensor, ...]] = field(default_factory=dict)  # of the buffer, as blocks want it
 
@@ -37,7 +39,11 @@ class Visit:
 
     index: int
     number: int | None
-    left: int  # pieces that are not copied yet
+    pieces: Sequence[Piece]
+    left: int = field(init=False)  # pieces that are not copied yet
+
+    def __post_init__(self) -> None:
+        self.left = len(self.pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +60,8 @@ class Epoch:
     """The visits of one epoch, planned one at a time. Its fields belong to the feeder's lock.
 
     pieces: of each block. allowed: passes of this epoch that may be fetched; None: no end is known.
-    preloading: fetch the resident blocks and nothing else.
+    preloading: fetch the resident blocks and nothing else. lean: the pieces that passes from number `whole`
+    on need of the blocks that stream; None: all passes need all.
     """
 
     def __init__(
@@ -64,9 +71,12 @@ class Epoch:
         slots: Sequence[Home],
         allowed: int | None,
         preloading: bool = False,
+        lean: Sequence[Sequence[Piece]] = (),
+        whole: int | None = None,
     ) -> None:
         self.pieces, self.residents, self.slots = pieces, residents, slots
         self.allowed = allowed
+        self.lean, self.whole = lean, whole
         self.paused = False  # another stream has the ring
         self.taken = 0  # blocks that the main thread has taken
         self.held: int | None = None  # the block in a slot that it computes
@@ -87,6 +97,15 @@ class Epoch:
     def broken(self) -> bool:
         """Whether a pass was left half way."""
         return bool(self.taken % len(self.pieces)) or self.held is not None
+
+    @property
+    def lean_ahead(self) -> bool:
+        """Whether a lean visit is planned for a pass that has not begun."""
+        return self.whole is not None and self._at > max(self.taken, self.whole * len(self.pieces))
+
+    def is_lean(self, at: int) -> bool:
+        """Whether block number `at`, counted through all passes, comes without what is left out."""
+        return self.whole is not None and at // len(self.pieces) >= self.whole
 
     def next_slot(self) -> Home:
         """The slot of the block that streams next in the main thread."""
@@ -109,7 +128,7 @@ class Epoch:
             visit = None if self.paused else self._next_visit()
             if visit is None:
                 return None
-            for piece in self.pieces[visit.index]:
+            for piece in visit.pieces:
                 self._tasks.append(Task(self, self._count, visit, piece))
                 self._count += 1
         return self._tasks[0]
@@ -128,9 +147,10 @@ class Epoch:
             if index not in self.residents:
                 if not self.slots:
                     return None  # nothing is placed
+                pieces = self.lean if self.is_lean(self._at) else self.pieces
                 self._at += 1
                 self._visits += 1
-                return Visit(index, self._visits - 1, len(self.pieces[index]))
+                return Visit(index, self._visits - 1, pieces[index])
             if len(self._planned) == count:
                 return None  # all blocks are resident: there is no end of passes to plan
             self._at += 1
@@ -145,4 +165,4 @@ class Epoch:
             return None
         self._planned.add(index)
         loaded = self.residents[index].loaded
-        return None if loaded else Visit(index, None, len(self.pieces[index]))
+        return None if loaded else Visit(index, None, self.pieces[index])

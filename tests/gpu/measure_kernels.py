@@ -126,13 +126,13 @@ def row_kernels(rows: int, repeats: int) -> None:
         (
             "rms_rope",
             4 * n,
-            {f"w{w}": partial(rms_rope_triton, x, one, 1e-6, 128, table, w) for w in (4, 8, 16)},
+            {f"w{w}": partial(rms_rope_triton, x, one, 1e-6, 128, table, None, w) for w in (4, 8, 16)},
             partial(rms_rope_torch, x, one, 1e-6, 128, table),
         ),
         (
             "rms (no rope)",
             4 * n,
-            {f"w{w}": partial(rms_rope_triton, x, one, 1e-6, 128, None, w) for w in (4, 8, 16)},
+            {f"w{w}": partial(rms_rope_triton, x, one, 1e-6, 128, None, None, w) for w in (4, 8, 16)},
             partial(rms_rope_torch, x, one, 1e-6, 128),
         ),
         (

@@ -161,8 +161,10 @@ def test_rms_rope(dtype: torch.dtype) -> None:
         for table in ((angles.cos(), angles.sin()), None):
             x = tokens(6, width, dtype, width).view(2, 3, width)
             expected = rms_rope_torch(x.clone(), weight, 1e-6, head_dim, table)
+            elsewhere = torch.empty_like(x)
+            assert rms_rope_triton(x, weight, 1e-6, head_dim, table, elsewhere) is elsewhere
             got = rms_rope_triton(x, weight, 1e-6, head_dim, table)
-            assert got is x
+            assert got is x and torch.equal(got, elsewhere)
             worst = roundings(got, expected)
             print(f"rms_rope {heads}x{head_dim} {dtype}, rope {table is not None}: {worst:.2f} roundings")
             assert worst <= (1.0 if dtype != torch.float32 else 20.0)

@@ -210,13 +210,13 @@ def expected_latents(tiny_checkpoint: Path) -> list[torch.Tensor]:
 
 
 def spoil_step(monkeypatch: pytest.MonkeyPatch, spoiled: int, spoil: Any) -> None:
-    """Have the transformer's answer at step `spoiled` replaced by spoil(latents, sigma)."""
+    """Have the transformer's answers from step `spoiled` on, however often, made by spoil(latents, sigma)."""
     honest, calls = Transformer.velocity, iter(range(1, 1000))
 
     def velocity(self: Transformer, latents: Any, condition: Any) -> Any:
         answer = honest(self, latents, condition)
         step = next(calls)
-        return spoil(latents, schedule()[step - 1]) if step == spoiled else answer
+        return spoil(latents, schedule()[spoiled - 1]) if step >= spoiled else answer
 
     monkeypatch.setattr(Transformer, "velocity", velocity)
 

@@ -75,7 +75,7 @@ def test_in_the_interpreter_every_pass_is_its_twin() -> None:
     in_interpreter("attention_quantize_in_interpreter.py")
 
 
-SPREAD = {"x": "*bf16", "parts": "*fp32", "rows": "i32", "stride": "i32", "width": "i32", "chunks": "i32"}
+SPREAD = {"x": "*bf16", "parts": "*fp32", "rows": "i32", "stride": "i32", "width": "i32"}
 EIGHT = {
     "x": "*bf16",
     "out": "*fp8e4nv",

@@ -152,6 +152,7 @@ def test_an_images_lock_is_its_torch_and_what_the_tests_run_with(image: Any) -> 
     assert lock["torch"][0] == image.torch
     assert lock["nvidia-cuda-runtime-cu12"][0].startswith(f"{image.cuda}.")
     assert "triton" in lock and "setuptools" in lock  # Triton uses it, and our wheel is built with it
+    assert lock["nvidia-cudnn-frontend"][0] == "1.18.0"  # proven on a card; the extra `kernels`
     differing = {name for name in tested if lock.get(name, tested[name])[0] != tested[name][0]}
     assert differing <= {"sympy"}, "torch 2.6 pins its own; everything else is what the tests ran with"
     assert set(tested) <= set(lock)

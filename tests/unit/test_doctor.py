@@ -426,9 +426,9 @@ def test_trials_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -
         def instead(command: list[str], code: str = code, run: Any = run, **options: Any) -> Any:
             return run([sys.executable, "-c", code], **options | {"timeout": 0.8})
 
-        monkeypatch.setattr(gpu_checks.subprocess, "run", instead)
+        monkeypatch.setattr(subprocess, "run", instead)
         assert says in gpu_checks.run_trials("cuda:0")["error"]
-        monkeypatch.setattr(gpu_checks.subprocess, "run", run)
+        monkeypatch.setattr(subprocess, "run", run)
 
 
 # ---------------------------------------------------------------------------------------------------- command

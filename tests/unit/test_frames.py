@@ -70,3 +70,15 @@ def test_a_pixel_that_is_not_finite_is_refused(
     assert [next(decoding), next(decoding)] == [1, 2]
     with pytest.raises(OutputCheckError, match="from frame 5 on are not finite"):
         next(decoding)
+
+
+@pytest.mark.parametrize("rung", [WHOLE, Rung("2x2", 0, 2, 2)], ids=lambda rung: rung.name)
+def test_frames_that_are_whole_change_no_more(vae: VAE, rung: Rung) -> None:
+    """A picture at once: with every piece. Tiles: while the last one goes through time."""
+    decoding, seen = Decoding(vae, LATENTS, rung), []
+    for _ in decoding:
+        seen.append(decoding.frames[: decoding.whole].copy())
+    last = [1, 5, 9]
+    assert [len(there) for there in seen] == [0] * (decoding.pieces - 3) + last
+    for there in seen:
+        assert (there == decoding.frames[: len(there)]).all()

@@ -19,7 +19,7 @@ TORCH_FREE = (
     *("errors", "schema", "profiles", "device", "request", "tokenizer"),
     *("memory.machine", "memory.ram", "memory.pinning", "memory.disk"),
     *("memory.plan", "memory.planning", "memory.exhausted", "memory.allocator", "memory.decode_costs"),
-    *("layers.tiles", "whole_file"),
+    *("layers.tiles", "whole_file", "tuning", "tuning_file"),
     *("lightx2v.config", "lightx2v.keys", "lightx2v.rules", "weights"),
 )
 

@@ -76,7 +76,15 @@ CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     ),
     "rms_rope": (
         rms_rope._rms_rope_kernel,
-        {"x": "*bf16", "weight": "*fp32", "cos": "*fp32", "sin": "*fp32", "tokens": "i32", "eps": "fp32"},
+        {
+            "x": "*bf16",
+            "out": "*bf16",
+            "weight": "*fp32",
+            "cos": "*fp32",
+            "sin": "*fp32",
+            "tokens": "i32",
+            "eps": "fp32",
+        },
         {"WIDTH": 5120, "HEAD": 128, "MAIN": 32, "TAIL": 8, "ROPE": True},
         8,
     ),

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from runtime.errors import PlanError
 from runtime.memory import costs
-from runtime.memory.account import CHUNK, CHUNKS, TOKEN_SLICES
-from runtime.memory.plan import Budget, Job, Plan, Wish, make_plan, spread
+from runtime.memory.account import CHUNK, CHUNKS, moved
+from runtime.memory.choose import BEFORE_DECODE, exceeds, with_cache
+from runtime.memory.costs import usual_slice
+from runtime.memory.plan import Budget, Job, Plan, Wish, assemble, make_plan, spread
 from runtime.memory.sizes import ModelSizes, sizes_of_manifest
 from runtime.memory.speeds import Speeds, speeds_of
 from runtime.profiles import load_manifest, load_profile
@@ -37,6 +39,8 @@ def plan(vram: float, ram: float, job: Job = JOB, wish: Wish | None = None, mode
     return make_plan(sizes(model), job, budget, card(), wish)
 
 
+USUAL = usual_slice(sizes(), JOB.video, fused=True)
+
 IDLE = replace(card(), attention=1e18, fp8=1e18, memory=1e18)
 """A card that computes at once, so that copies show."""
 
@@ -55,7 +59,12 @@ cards = st.builds(
     disk=st.floats(0.1e9, 20e9),
     ram_copy=st.floats(2e9, 40e9),
 )
-wishes = st.builds(Wish, text_stays=st.booleans(), vae_stays=st.booleans())
+wishes = st.builds(
+    Wish,
+    text_stays=st.booleans(),
+    vae_stays=st.booleans(),
+    attention=st.sampled_from(["", "cudnn-fp8", "sage1"]),
+)
 memory = st.floats(0.05, 48).map(lambda gib: int(gib * GIB))
 budgets = st.builds(Budget, vram=memory, ram=memory, pinned=st.integers(0, 500 * MB))
 processors = st.builds(
@@ -176,18 +185,19 @@ def test_what_ram_does_not_hold_is_read_from_disk() -> None:
     stored = 40 - len(made.blocks.resident) - len(made.blocks.cached)
     assert stored > 20 and made.strip().count(".") == stored
     assert "RAM holds no more" in made.reason
-    # 14 GB once, and what is stored once more in each of the three later steps.
-    matrices = sizes().blocks.stored
+    # 14 GB once, and what is stored once more in each of the three later steps, but for two of ten matrices.
+    matrices, of_text = sizes().blocks.stored, sizes().blocks.text_stored
     weights = 24 * sizes().text.stored + sizes().rest
-    assert made.disk_bytes == weights + 40 * matrices + 3 * stored * matrices
+    assert made.text_kv and of_text == 2 * 5120 * 5120
+    assert made.disk_bytes == weights + 40 * matrices + 3 * stored * (matrices - of_text)
 
 
 def test_the_token_slice_is_the_same_wherever_the_blocks_lie() -> None:
     for vram in (2.9, 4, 8, 12, 24, 80):
         for ram in (2.6, 4, 16, 64):
-            assert plan(vram, ram).token_slice == TOKEN_SLICES[0]
+            assert plan(vram, ram).token_slice == USUAL
     short = plan(2.45, 16)
-    assert short.token_slice is not None and short.token_slice < TOKEN_SLICES[0] and not short.blocks.resident
+    assert short.token_slice is not None and short.token_slice < USUAL and not short.blocks.resident
 
 
 def test_the_leanest_plans_hold_what_was_promised() -> None:
@@ -197,7 +207,7 @@ def test_the_leanest_plans_hold_what_was_promised() -> None:
     for job, gpu in ((JOB, 3.5e9), (Job(720, 1280, 81), 6.5e9)):
         made = make_plan(sizes(), job, Budget(int(gpu), int(3e9), 400 * MB), card())
         assert made.vram <= gpu and made.ram <= 3e9 and made.pinned <= 400e6
-        assert made.blocks.slots == 2 and made.token_slice == TOKEN_SLICES[0]
+        assert made.blocks.slots == 2 and made.token_slice == usual_slice(sizes(), job.video, fused=True)
 
 
 def test_wishes_come_true_only_when_all_fits_together() -> None:
@@ -216,6 +226,106 @@ def test_known_text_states_need_no_encoder() -> None:
     made = plan(8, 16, job=replace(JOB, encode_text=False), wish=Wish(text_stays=True))
     assert made.text == "known" and "text" not in made.peaks and "text" not in made.seconds
     assert made.disk_bytes == plan(8, 16).disk_bytes - 24 * sizes().text.stored
+
+
+# ------------------------------------------------------------------------------------------ attention, slices
+
+
+def test_attention_in_8_bits_where_there_is_room_for_its_copies() -> None:
+    wish = Wish(attention="cudnn-fp8")
+    rich, poor = plan(12, 32, wish=wish), plan(2.3, 16, wish=wish)
+    assert rich.attention == "cudnn-fp8" and poor.attention == ""
+    assert rich.seconds["denoise"].seconds < plan(12, 32).seconds["denoise"].seconds
+    assert rich.parts["denoise"]["activations"] > plan(12, 32).parts["denoise"]["activations"]
+    leaner = rich
+    while leaner.attention:
+        lower = leaner.lower("denoise")
+        assert lower is not None and len(lower.blocks.resident) == len(rich.blocks.resident)
+        leaner = lower
+    assert leaner.vram < rich.vram
+
+
+@FAST
+@given(models, jobs, st.sampled_from(["", "cudnn-fp8", "sage2", "sage1"]), st.booleans())
+def test_the_usual_slice_is_as_long_as_costs_nothing(
+    found: ModelSizes, job: Job, attention: str, fused: bool
+) -> None:
+    usual = usual_slice(found, job.video, fused, attention)
+    tokens = job.video.tokens
+    assert usual >= 4096 and usual % 256 == 0
+    if usual > 4096:
+        sliced, shorter = (
+            costs.activations(found, job.video, n, fused=fused, attention=attention) for n in (usual, 512)
+        )
+        assert sliced == shorter
+    pieces = -(-tokens // usual)
+    assert ((pieces - 1) * usual < tokens and usual - tokens / pieces < 256) or usual == 4096
+
+
+# ------------------------------------------------------------------------------- keys and values of the text
+
+
+@FAST
+@given(models, jobs, budgets | processors, cards, wishes)
+def test_keeping_the_text_is_neither_slower_nor_more_to_move(
+    found: ModelSizes, job: Job, budget: Budget, speeds: Speeds, wish: Wish
+) -> None:
+    """Against the best plan of each way, made apart."""
+    made = tried(found, job, budget, speeds, wish)
+    if made is None or not made.blocks.slots:
+        return
+    inputs = made.inputs
+    usual = usual_slice(found, job.video, inputs.fused, made.attention)
+    plain = replace(made._choice(), text_kv=False, resident=0, cached=0, slots=min(2, found.blocks.count))
+    for start in (plain, replace(plain, text_kv=True)):
+        if exceeds(inputs, start, BEFORE_DECODE) is None and start.token_slice in (None, usual):
+            fitting = range(found.blocks.count - start.slots + 1)
+            ways = [replace(start, resident=n) for n in fitting]
+            most = max(way.resident for way in ways if exceeds(inputs, way, BEFORE_DECODE) is None)
+            other = assemble(inputs, with_cache(inputs, replace(start, resident=most)))
+            mine, theirs = made.seconds["denoise"].seconds, other.seconds["denoise"].seconds
+            if budget.vram or made.blocks.resident:  # on the CPU a short ring goes without
+                assert mine <= theirs * (1 + 1e-9)
+            if made.blocks.resident and mine >= theirs * (1 - 1e-9):
+                bytes_ = [(one.disk_bytes, moved(inputs, one._choice())) for one in (made, other)]
+                assert bytes_[0] <= bytes_[1]
+
+
+def test_the_text_is_kept_where_many_blocks_stream_or_room_is_left() -> None:
+    """419 MB at 14B: two of ten matrices of each block that streams, or one block more in fp8."""
+    least = {n: plan(n / 100, 64) for n in range(250, 2000, 5)}
+    all_here = [n for n, made in least.items() if not made.blocks.slots]
+    assert not plan(2.45, 16).text_kv  # short slices: nothing is left
+    assert not least[all_here[0]].text_kv and least[all_here[0] + 50].text_kv
+    for made in least.values():
+        streamed = 40 - len(made.blocks.resident)
+        if streamed > 11 and len(made.blocks.resident) > 1:
+            assert made.text_kv, made.strip()
+        if 3 <= streamed <= 5:  # while two stream no other can stay, and what is left over is for the text
+            assert not made.text_kv, made.strip()
+    part = least[800].parts["denoise"]["text keys and values"]
+    assert part == 40 * 2 * 512 * 5120 * 2
+    assert all("text keys and values" not in parts for p, parts in least[800].parts.items() if p != "denoise")
+    assert not plan(8, 64, replace(JOB, steps=1)).text_kv  # no step would use them
+    guided = plan(8, 64, replace(JOB, forwards=2))
+    assert guided.text_kv and guided.parts["denoise"]["text keys and values"] == 2 * part
+    assert least[800].as_dict()["placement"]["text_kv"] is True
+
+
+def test_what_is_kept_does_not_move_again() -> None:
+    """Where copies set the time: four steps copy four times eight of ten matrices, and once the other two."""
+    budget = Budget(4 * GIB, 64 * GIB, 400 * MB)
+    made = make_plan(sizes(), JOB, budget, replace(IDLE, pcie=1e9, disk=1e12, ram_copy=1e12))
+    blocks = sizes().blocks
+    streamed = 40 - len(made.blocks.resident)
+    lean = blocks.matrices - blocks.text_matrices
+    assert made.text_kv and made.seconds["denoise"].limit == "PCIe" and lean == 351272960 - 2 * 5120**2
+    expected = (40 * blocks.matrices + 3 * streamed * lean) / 1e9
+    assert made.seconds["denoise"].seconds == pytest.approx(expected)
+    guided = make_plan(sizes(), replace(JOB, forwards=2), budget, made.inputs.speeds)
+    streamed = 40 - len(guided.blocks.resident)
+    expected = ((40 + streamed) * blocks.matrices + 6 * streamed * lean) / 1e9
+    assert guided.text_kv and guided.seconds["denoise"].seconds == pytest.approx(expected)
 
 
 def test_guidance_streams_everything_twice() -> None:
@@ -260,7 +370,9 @@ def test_what_limits_a_phase_is_the_longest_term() -> None:
     made = make_plan(sizes(), JOB, Budget(4 * GIB, 4 * GIB, 400 * MB), slow)
     stored = 40 - len(made.blocks.resident) - len(made.blocks.cached)
     assert made.seconds["denoise"].limit == "disk"
-    expected = (40 + 3 * stored) * sizes().blocks.stored / 0.2e9
+    blocks = sizes().blocks
+    assert made.text_kv
+    expected = (40 * blocks.stored + 3 * stored * (blocks.stored - blocks.text_stored)) / 0.2e9
     assert made.seconds["denoise"].seconds == pytest.approx(expected)
     assert made.seconds["text"].limit == "disk"
 
@@ -297,14 +409,16 @@ def test_one_slot_is_the_last_resort() -> None:
 
 def test_the_ladder_of_a_denoise() -> None:
     made: Plan | None = plan(30, 16, wish=Wish(text_stays=True, vae_stays=True))
-    steps = []
+    steps, kept = [], []
     while made is not None:
         steps.append(
             (made.token_slice, made.text, made.vae_stays, len(made.blocks.resident), made.blocks.slots)
         )
+        kept.append(made.text_kv)
         made = made.lower("denoise")
-    assert steps[0] == (4096, "resident", True, 40, 0)
-    assert steps[1][:3] == (4096, "streamed", True)  # shorter slices take no less here: 5U is the peak
+    assert kept[:2] == [True, False] and not any(kept[1:])  # the least change
+    assert steps[0] == steps[1] == (USUAL, "resident", True, 40, 0)
+    assert steps[2][:3] == (USUAL, "streamed", True)  # shorter slices take no less here: 5U is the peak
     assert [step[3] for step in steps if step[1] == "streamed" and not step[2]] == [40, 20, 10, 5, 2, 1, 0, 0]
     assert steps[-1][-1] == 1
 

@@ -86,6 +86,8 @@ def test_sizes_of_the_transformer_are_those_of_the_model(form: str) -> None:
     assert found.blocks.count == 40
     assert found.blocks.matrices == matrices  # 14B's are multiples of the alignment
     assert found.blocks.small == 40 * (sum(block.values()) - matrices)
+    of_text = sum(block[f"blocks.0.{module}.weight"] for module in Transformer.OF_TEXT)
+    assert found.blocks.text_matrices == found.blocks.text_stored == of_text
     entry = sum(sum(nbytes(model, name).values()) for name in Transformer.ENTRY)
     outside = sum(n for name, n in nbytes(model).items() if not name.startswith("blocks."))
     assert found.entry == entry and found.ends == outside - entry
@@ -190,6 +192,32 @@ def test_activations_are_those_of_a_forward(
     unseen = 4 * video.tokens * 40 + (costs.LATENT_COPIES - 1) * video.latents
     print(f"{form} {video} in slices of {token_slice}: {formula / live:.4f} of the live bytes")
     assert live <= formula <= CLOSE * live + unseen
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_the_keys_and_values_of_all_texts_are_counted(texts: int) -> None:
+    """As bytes of what is kept, and as the memory of forwards that keep and that use it."""
+    video, model, found = Geometry(480, 832, 1), transformer("fp8", layers=3), sizes("fp8")
+    model.keep_text, model.token_slice = True, 4096
+    with torch.device("meta"):
+        latents = torch.empty(1, 16, video.latent_frames, video.height // 8, video.width // 8)
+        states, times = torch.empty(1, 512, 4096, dtype=torch.bfloat16), torch.empty(2, 1)
+    conditions = [model.conditions(times, states) for _ in range(texts)]
+    kept = [of_text[0].kept for of_text in conditions]
+    assert all(of_text[1].kept is one for of_text, one in zip(conditions, kept, strict=True))
+
+    def two_steps() -> None:
+        for step in range(2):
+            for of_text in conditions:
+                model.velocity(latents, of_text[step])
+
+    with forced_way(WAYS["fp8"]):
+        live = peak_of(two_steps, latents)
+        plain = peak_of(lambda: model.velocity(latents, replace(conditions[0][0], kept=None)), latents)
+    formula = costs.text_keys_values(replace(found, blocks=replace(found.blocks, count=3)), texts)
+    assert sum(one.nbytes for one in kept if one is not None) == formula
+    print(f"{texts} texts: {live - plain} bytes more are alive, {formula} are counted")
+    assert live <= plain + formula
 
 
 @pytest.mark.parametrize("form", MANIFESTS)

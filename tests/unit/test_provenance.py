@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +35,27 @@ def test_a_large_file_is_told_apart_by_size_and_edges(
         assert of(changed) != first
     assert of(content + b"\0") != first
     assert of(content) == first
+
+
+def test_a_file_is_read_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, reads, honest = tmp_path / "weights.bin", [], hashlib.file_digest
+
+    def digest(*given: Any) -> Any:
+        reads.append(given)
+        return honest(*given)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    monkeypatch.setattr(provenance, "SETTLED", -1)  # no waiting for the clock: the sizes differ
+    for content, count in ((b"four", 1), (b"four", 1), (b"steps", 2)):
+        if not file.exists() or file.read_bytes() != content:
+            file.write_bytes(content)
+        assert provenance.fingerprint(file) == "sha256:" + hashlib.sha256(content).hexdigest()
+        assert len(reads) == count
+    monkeypatch.setattr(provenance, "SETTLED", 10**12)  # one that was just written may change unseen
+    provenance.fingerprint(file)
+    assert len(reads) == 3
 
 
 def test_names_carry_the_directory(tmp_path: Path) -> None:

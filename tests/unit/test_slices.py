@@ -24,7 +24,16 @@ def test_a_function_of_single_tokens_does_not_notice(step: int | None) -> None:
     doubled, rows = in_slices(lambda a: (a * 2, a.sum(-1)), x, step=step)
     assert torch.equal(doubled, x * 2) and torch.equal(rows, x.sum(-1))
     places = (random(2, 7, 5, seed=2), random(2, 7, seed=3))
-    doubled, rows = in_slices(lambda a: (a * 2, a.sum(-1)), x, step=step, into=places)
+    written = []
+
+    def both(a: Tensor, into: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if into is None:
+            return a * 2, a.sum(-1)
+        written.append(a.shape[1])
+        return torch.mul(a, 2, out=into[0]), a.sum(-1)  # the first there already, the second to be copied
+
+    doubled, rows = in_slices(both, x, step=step, into=places)
+    assert sum(written) == (7 if step is not None and step < 7 else 0)
     assert torch.equal(doubled, x * 2) and torch.equal(rows, x.sum(-1))
     assert (doubled is places[0] and rows is places[1]) == (step is not None and step < 7)
 
