@@ -75,13 +75,32 @@ MOST_REPEATS = 1000
     type=click.Path(path_type=Path, allow_dash=True),
     help="Also write everything as JSON; - is stdout.",
 )
+@option(OUTPUT, "--picture", "FILE", "Also draw where a forward's time goes, as SVG.", type=PATH)
+@click.option(
+    *("--from", "earlier"),
+    cls=SectionedOption,
+    section=OUTPUT,
+    metavar="FILE",
+    type=PATH,
+    help="Measure nothing: draw --picture from the JSON of an earlier bench.",
+)
 @option(OUTPUT, "--debug", None, "Show the traceback of an error.")
 @click.pass_context
-def bench(ctx: click.Context, debug: bool, **given: Any) -> None:
+def bench(ctx: click.Context, debug: bool, earlier: Path | None, **given: Any) -> None:
     """Measure forwards, decodes, text states and whole runs on this machine.
 
     With random weights of the true shapes unless --weights has others: t2v bench --model demo
     """
+    if earlier is not None:
+        from entrypoint.bench_picture import redraw
+
+        if given["picture"] is None:
+            raise RequestError(
+                f"--from is {earlier}, and nothing is to be drawn of it; name a file with --picture"
+            )
+        redraw(earlier, given["picture"])
+        click.echo(given["picture"])
+        return
     named = ctx.get_parameter_source("weights") == ParameterSource.COMMANDLINE
     run(**given, may_make=named)
 
@@ -128,6 +147,7 @@ def run(
     vram: float | None,
     ram: float | None,
     report: Path | None,
+    picture: Path | None,
     may_make: bool,
 ) -> None:
     """Check what can be checked at once, then measure model after model, and show what was found.
@@ -141,7 +161,10 @@ def run(
     from runtime.profiles import DEFAULT_MODEL, load_profile
     from runtime.request import check
 
-    asked = Asked(*(read_parts(only), () if sizes is None else read_sizes(sizes)), repeats, attention, budget)
+    parts = read_parts(only)
+    if picture is not None and "forward" not in parts:
+        raise RequestError(f"--picture draws a forward, which --only ({only}) leaves out; add forward to it")
+    asked = Asked(*(parts, () if sizes is None else read_sizes(sizes)), repeats, attention, budget)
     chosen, place = select_device(device, load_profile(profile))
     name = model or DEFAULT_MODEL
 
@@ -163,15 +186,18 @@ def run(
             for number, manifest in enumerate(found):
                 with weights_of(manifest, name, chosen, weights, may_make=may_make) as (exact, directory):
                     where = Where(exact, directory, chosen, profile, place, vram, ram)
-                    with Scene(where, repeats, attention) as scene:
+                    with Scene(where, repeats, attention, gauge.during) as scene:
                         _measure(tasks(scene, asked, first=number == 0), scene, asked, shown, gauge)
     except BaseException as error:
         shown.failed = f"{type(error).__name__}: {first_sentence(error)}"
         raise
     finally:
         shown.keep()
-        if shown.rows or shown.left_out:
-            shown.show()
+        shown.show()
+    if picture is not None:
+        from entrypoint.bench_picture import write_picture
+
+        write_picture(shown.as_dict(), picture)
     shown.check()
 
 
@@ -248,14 +274,16 @@ def _measure(todo: Iterator[Task], scene: "Scene", asked: Asked, shown: "Report"
             continue
         tell(f"{what} ...")
         began = time.perf_counter()
-        with gauge.during() as readings:
+        with gauge.during() as whole:
             trouble = _collect(task, scene, shown)
+        readings = scene.take_readings() or whole
         if trouble:
             shown.left_out.append(f"{what}: {trouble}")
         seconds = time.perf_counter() - began
         shown.gauged.append(Gauged(model, str(task.size), task.part, seconds, summarize(readings)))
         shown.trouble = gauge.trouble
         shown.keep()
+        shown.show_rows()  # a run that is cut short has said so much
 
 
 def _collect(task: Task, scene: "Scene", shown: "Report") -> str:

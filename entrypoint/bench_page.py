@@ -58,6 +58,7 @@ class Report:
     trouble: str = ""  # why the card cannot be watched
     failed: str | None = None
     began: float = field(default_factory=time.time)
+    _told: int = 0  # rows that are on the screen
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object; every row has its verdict."""
@@ -90,15 +91,28 @@ class Report:
                 f"The report {self.path} cannot be written ({error.strerror}); name another file with --json."
             ) from error
 
+    def show_rows(self) -> None:
+        """Print what was found since the last time; the machine before the first of it."""
+        new = self.rows[self._told :]
+        if new:
+            self._print([] if self._told else _facts(self.machine), self._tables(new, self._width))
+            self._told = len(self.rows)
+
     def show(self) -> None:
-        """Print the table, and the JSON where that goes to stdout."""
-        to_stderr = self.path == STDOUT
-        screen = sys.stderr if to_stderr else sys.stdout
-        width = shutil.get_terminal_size().columns if screen.isatty() else None
-        for line in self.lines(width):
-            click.echo(line, err=to_stderr)
-        if to_stderr:
+        """Print what was not printed yet, the card and what was left out; JSON where it goes to stdout."""
+        self.show_rows()
+        self._print(self._end())
+        if self.path == STDOUT and (self.rows or self.left_out):
             click.echo(json.dumps(self.as_dict()))
+
+    @property
+    def _width(self) -> int | None:
+        screen = sys.stderr if self.path == STDOUT else sys.stdout
+        return shutil.get_terminal_size().columns if screen.isatty() else None
+
+    def _print(self, *parts: list[str]) -> None:
+        for line in (line for part in parts for line in part):
+            click.echo(line, err=self.path == STDOUT)
 
     def check(self) -> None:
         """OutputCheckError if a check found that it is not right."""
@@ -114,15 +128,22 @@ class Report:
 
     def lines(self, width: int | None = None) -> list[str]:
         """The page, `width` characters wide; None: as wide as its lines are."""
-        shown = [*_facts(self.machine)]
-        for model, size in dict.fromkeys((row.model, row.size) for row in self.rows):
-            mine = [row for row in self.rows if (row.model, row.size) == (model, size)]
+        return [*_facts(self.machine), *self._tables(self.rows, width), *self._end()]
+
+    def _end(self) -> list[str]:
+        """The card, and what was left out."""
+        cards = ["", *self._cards()] if self.gauged else []
+        return cards + [f"left out: {what}" for what in self.left_out]
+
+    def _tables(self, rows: Sequence[Row], width: int | None) -> list[str]:
+        """For each model and size the table of its rows."""
+        shown: list[str] = []
+        for model, size in dict.fromkeys((row.model, row.size) for row in rows):
+            mine = [row for row in rows if (row.model, row.size) == (model, size)]
             shown += ["", " ".join(filter(None, (model, size)))]
             single = [row for row in mine if not row.phase]
             shown += self._singles(single, width) if single else []
             shown += ([""] if single else []) + self._runs(mine) if len(single) < len(mine) else []
-        shown += ["", *self._cards()] if self.gauged else []
-        shown += [f"left out: {what}" for what in self.left_out]
         return shown
 
     def _singles(self, rows: Sequence[Row], width: int | None) -> list[str]:

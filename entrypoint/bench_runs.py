@@ -45,7 +45,10 @@ def warm(scene: Scene, size: Size) -> Rows:
     pipe = scene.pipe(size)
     with tempfile.TemporaryDirectory(prefix="t2v-bench-") as place:
         path = Path(place) / "warm.mp4"
-        runs = [_once(pipe, size, path) for _ in range(1 + scene.repeats)][1:]
+        _once(pipe, size, path)
+        with scene.measuring():
+            runs = [_once(pipe, size, path) for _ in range(scene.repeats)]
+    scene.warm_decodes[size] = Sample(tuple(run["decode"] for run in runs))
     fell_back = f"; FELL BACK: {'; '.join(pipe.ways.fell_back)}" if pipe.ways.fell_back else ""
     yield from _rows(scene.row("run", "warm", size), runs, f"{placed(pipe)}; {pipe.ways}{fell_back}")
 
@@ -74,12 +77,23 @@ def summed(timings: Phases, total: float, start: float | None = None) -> Phases:
 
 
 def cold(scene: Scene, size: Size) -> Rows:
-    """The rows of the part `cold`: a process each, of which the first only fills the page cache."""
+    """The rows of the part `cold`: a process each, of which the first only fills the caches.
+
+    Those are the page cache and that of compiled kernels. Where the part `run` came before, the last row
+    compares the first decode of a process with a warm one.
+    """
     scene.close()  # the GPU is the child's
     with tempfile.TemporaryDirectory(prefix="t2v-bench-") as place:
         command = command_of(scene, size, Path(place) / "cold.mp4")
-        runs = [_child(command) for _ in range(1 + scene.repeats)][1:]
+        _child(command)
+        with scene.measuring():
+            runs = [_child(command) for _ in range(scene.repeats)]
     yield from _rows(scene.row("run", "cold", size), runs, "a process each, files in memory")
+    warm = scene.warm_decodes.get(size)
+    if warm is not None:
+        over = Sample(tuple(run["decode"] / warm.median for run in runs))
+        row = replace(scene.row("cold", "first decode over warm", size), unit="ratio", target="decode first")
+        yield replace(row, found=over, note="of whole runs, kernels compiled before")
 
 
 def command_of(scene: Scene, size: Size, path: Path) -> list[str]:

@@ -9,7 +9,7 @@ One object a line, as soon as it is known, so that what a crash ends is known to
     {"trying": "sage2"}
     {"attention": {"name": "sage2", "ok": true, "distance": 0.031, "reason": ""}}
     {"trying": "times"}
-    {"times": {"sage2": 1.9, ...}, "tokens": 8192}                  ms, of the backends that are right
+    {"times": {"sage2": 1.9, ...}, "tokens": 30720}                 ms, of the backends that are right
     {"done": true}
     {"error": "..."}                                               instead: nothing runs there at all
 
@@ -116,19 +116,20 @@ def _as_dict(proof: "Proof") -> dict[str, Any]:
 
 
 def _times(names: list[str], device: "torch.device") -> dict[str, float]:
-    """Milliseconds at TIMED_TOKENS tokens on themselves, interleaved; {} where there is no room for that."""
+    """Milliseconds of some heads at TIMED_TOKENS tokens, interleaved; {} where there is no room for that."""
     from functools import partial
 
     import torch
 
-    from runtime.kernels.tune import time_candidates
+    from runtime.kernels.tune import in_a_row, time_candidates
     from runtime.layers import backends
 
     tokens = backends.TIMED_TOKENS
     try:
-        given = backends.inputs(tokens, tokens, HEADS, HEAD_DIM, torch.bfloat16, device)
+        heads = backends.timed_heads(tokens, HEADS)
+        given = backends.inputs(tokens, tokens, heads, HEAD_DIM, torch.bfloat16, device)
         runs = {name: partial(backends.named(name, device), *given, HEAD_DIM**-0.5) for name in names}
-        found = time_candidates(runs, repeats=5)
+        found = time_candidates(runs, repeats=3, clock=in_a_row)
     except RuntimeError:  # out of memory: somebody else has it
         return {}
     return {one.name: round(one.milliseconds, 4) for one in found if one.milliseconds is not None}

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from entrypoint.cache import choose_cache
 from entrypoint.options import (
     SAMPLE,
     SIZE,
     SectionedCommand,
+    cache_option,
     memory_options,
     model_options,
     models_own,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from entrypoint.plan_page import Subject
     from runtime.memory.plan import Plan
-    from runtime.memory.sizes import Header
+    from runtime.memory.sizes import Header, ModelSizes
     from runtime.schema import ModelManifest, Profile
 
 video_options = together(
@@ -39,6 +41,7 @@ video_options = together(
 @video_options
 @model_options()
 @memory_options
+@cache_option
 @talk_options
 def plan(json: bool, debug: bool, **given: Any) -> None:
     """Show what a run would take in memory and time, loading nothing.
@@ -61,13 +64,14 @@ def make(
     device: str,
     vram: float | None,
     ram: float | None,
+    cache: str | None,
     **request: Any,
 ) -> "tuple[Plan, Subject]":
     """The plan for such options, and what it is about. RequestError, DeviceError, WeightsError, PlanError."""
     from entrypoint.plan_page import Subject
     from runtime.device import choose_profile, gpus
     from runtime.memory.machine import look
-    from runtime.memory.planning import plan_run
+    from runtime.memory.planning import plan_run, sizes_for
     from runtime.profiles import DEFAULT_MODEL, load_profile
     from runtime.request import Request, check
 
@@ -78,9 +82,25 @@ def make(
     gpu = next((one for one in gpus() if f"cuda:{one.index}" == place), None)
     machine = look(directory, gpu)
     files = None if directory is None else _headers(manifest, directory)
-    planned = plan_run(manifest, chosen, checked, machine, place, files=files, vram=vram, ram=ram)
+    sizes = sizes_for(manifest, chosen, files)
+    # A run on this GPU takes what was measured to be the fastest; of a card elsewhere nobody knows.
+    fastest = "" if gpu is None else _attention(choose_cache(cache), place, checked.tokens, sizes)
+    planned = plan_run(
+        *(manifest, chosen, checked, machine, place), files=files, vram=vram, ram=ram, attention=fastest
+    )
     why = choose_profile(gpu)[1] if profile == "auto" == device else None
     return planned, Subject(manifest, chosen, machine, directory if files is not None else None, why)
+
+
+def _attention(cache: Path | None, place: str, tokens: int, sizes: "ModelSizes") -> str:
+    """The attention that won on this GPU at about so many tokens, if it computes in 8 bits."""
+    from runtime.memory.costs import STATES_8BIT
+    from runtime.tuning import open_store
+
+    store = open_store(cache, place)
+    known = store.attention(tokens, tokens, sizes.num_heads, sizes.head_dim, "bfloat16")
+    won = "" if known is None else known.won
+    return won if won in STATES_8BIT and won not in store.avoided() else ""
 
 
 def _place(device: str, profile: "Profile") -> "tuple[Profile, str]":

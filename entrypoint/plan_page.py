@@ -87,6 +87,7 @@ def as_text(plan: Plan, subject: Subject, width: int | None = None) -> list[str]
         ("blocks", plan.strip(min(40, width - LABEL))),
         ("", where),
         ("text", _text(plan)),
+        *([("attention", f"{plan.attention}, in 8 bits")] if plan.attention else []),
         ("ring", f"{ring}; {size(plan.disk_bytes)} read from disk for one video"),
         ("decode", f"rung {plan.rung.name}; the blocks {'leave' if plan.release_for_decode else 'stay'}"),
         ("why", plan.reason),

@@ -82,7 +82,7 @@ class GivenText:
         """Write the states that were not given; RequestError if the given ones are of other tokens."""
         if self.path is None:
             return
-        from runtime.pipeline import how_computed
+        from runtime.encoding import how_computed
         from runtime.text_states import TextStates, export_states
 
         ids = tuple(tokens.ids[: tokens.n])

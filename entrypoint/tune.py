@@ -79,7 +79,7 @@ def tune(
     began = time.perf_counter()
     pixels = _pixels(size)
     chosen, gpu, place = _card(device, profile)
-    subject = _subject(model, weights, chosen, place, pixels)
+    subject = _subject(model, weights, chosen, place, pixels, cache)
     store = open_store(choose_cache(cache), place)
     if forget:
         store.forgive()
@@ -140,7 +140,9 @@ class Subject:
 Pixels = tuple[int | None, int | None, int | None]
 
 
-def _subject(model: str | None, weights: Path | None, profile: str, place: str, pixels: Pixels) -> Subject:
+def _subject(
+    model: str | None, weights: Path | None, profile: str, place: str, pixels: Pixels, cache: str | None
+) -> Subject:
     """By the plan of such a run, from headers or the manifest."""
     from entrypoint.plan import make
 
@@ -152,6 +154,7 @@ def _subject(model: str | None, weights: Path | None, profile: str, place: str, 
         device=place,
         vram=None,
         ram=None,
+        cache=cache,
         height=height,
         width=width,
         frames=frames,

@@ -92,7 +92,6 @@ class Denoising:
             made.append(self._velocity(latents, t))
             return made[0]
 
-        self._ways.begin(self._done)
         steps = denoise(velocity_of, latents, self._sigmas, self._request.sampler, generator, self._done)
         with self._ways.computing():
             after = next(steps)
@@ -110,15 +109,14 @@ class Denoising:
 
     def _velocity(self, latents: Tensor, t: float) -> Tensor:
         """With negative states, classifier-free guidance: v = v_neg + guidance * (v_text - v_neg)."""
-        velocity, *away = (self._forward(latents, condition) for condition in self._conditions[t])
-        return away[0] + self._request.guidance * (velocity - away[0]) if away else velocity
+        transformer = self._parts.transformer
 
-    def _forward(self, latents: Tensor, condition: Condition) -> Tensor:
         def run() -> Tensor:
             if self._keep_to_plan():  # a leaner one than that of the step's begin
-                self._ways.use_in(self._parts.transformer)
-                self._ways.begin(self._done)
-            return self._parts.transformer.velocity(latents, condition)
+                self._ways.use_in(transformer)
+            self._ways.begin(self._done)  # anew after a shortage of memory, wherever in a forward that was
+            velocity, *away = (transformer.velocity(latents, condition) for condition in self._conditions[t])
+            return away[0] + self._request.guidance * (velocity - away[0]) if away else velocity
 
         return self._fitting.within("denoise", run)
 

@@ -16,7 +16,6 @@ Attention and kernels are checked on the run's own data, row by row: `runtime/sa
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import torch
@@ -134,12 +133,12 @@ def judge(
         ("attention", attention, attention_bound),
         ("kernels", kernels, kernel_bound),
     ):
-        for call, (distance, broken) in zip(count(1), samples, strict=False):
+        for number, (distance, broken) in enumerate(samples, start=1):
             if broken:
                 break  # what comes after has seen what is not finite
             if not distance <= bound:
                 what = "attention" if origin == "attention" else "what fused kernels made"
-                where = f"sample {call} of {len(samples)}"
+                where = f"sample {number} of {len(samples)}"
                 far = f"{distance:.2g} from the formula, expected at most {bound:.2g}"
                 return Fault(f"{what} is {far}, in {where}", origin)
     found, wanted = Numbers(*numbers), envelope or WIDE

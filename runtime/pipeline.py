@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from runtime import loading
-from runtime.checkpoint import Checkpoint
 from runtime.checkpoint.synth import NOTE_FILE
 from runtime.denoising import Denoising
 from runtime.device import confirm_device, gpu_of, select_device
+from runtime.encoding import Encoding, text_cache
 from runtime.errors import OutputCheckError, first_sentence
 from runtime.fitting import Fitting, Planner
 from runtime.frames import Decoding
@@ -36,25 +36,17 @@ from runtime.parts import Parts, PlannedParts
 from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile
 from runtime.provenance import fingerprints, versions
 from runtime.request import CheckedRequest, Request, check
-from runtime.resume import ResumePoint, check_point, restore
+from runtime.resume import ResumePoint, restore
 from runtime.sampler import draw_noise
 from runtime.schema import Envelope, ModelManifest, Profile
 from runtime.stages import OnStage, PhaseClock, Stage
-from runtime.text_states import TextCache, encoder_digest
+from runtime.text_states import TextCache
 from runtime.tokenizer import PromptTokenizer, Tokens
 from runtime.tuning import apply_tiles, choose_attention, open_store
 from runtime.video import RECORD_FORMAT, Video
 from runtime.ways import Ways, check_name, choose_ways
 
 __all__ = ["Pipeline", "Stage"]
-
-
-class _Text(NamedTuple):
-    """What a run begins with."""
-
-    point: ResumePoint
-    source: str  # of the prompt's states: computed, cached, given
-    notes: tuple[str, ...]
 
 
 class Pipeline:
@@ -146,8 +138,7 @@ class Pipeline:
             chooser=partial(choose_attention, store),
         )
         apply_tiles(store, torch.device(device))
-        ways.tell(*store.take_notes())
-        texts = None if cache is None else _text_cache(Path(cache), files.text_encoder, device, chosen)
+        texts = None if cache is None else text_cache(Path(cache), files.text_encoder, device, chosen)
         pipe = cls(
             manifest,
             chosen,
@@ -211,11 +202,11 @@ class Pipeline:
 
         clock.begin("text")
         tokens = self.tokenizer(checked.prompt)
-        text = self._text(checked, tokens, start)
-        point = text.point
-        stage = clock.stage(1, 1, point.text_states.nbytes)
-        yield replace(stage, tokens=tokens, point=point, notes=(*text.notes, *self._take_notes()))
+        text = self._encoding().begin(checked, tokens, start)
+        stage = clock.stage(1, 1, text.point.text_states.nbytes)
+        yield replace(stage, tokens=tokens, point=text.point, notes=self._take_notes())
 
+        point = text.point
         clock.begin("denoise", point.step)
         for point in self.denoise(text.point, checked):
             assert point.latents is not None
@@ -233,10 +224,12 @@ class Pipeline:
         timings = {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()}
         record = self.record(checked, tokens) | {"text_states": text.source, "timings": timings}
         video = Video(frames, checked.fps, record)
-        yield Stage("done", 1, 1, sum(clock.seconds.values()), frames.nbytes, video=video)
+        notes, seconds = self._take_notes(), sum(clock.seconds.values())
+        yield Stage("done", 1, 1, seconds, frames.nbytes, video=video, notes=notes)
 
     def _take_notes(self) -> tuple[str, ...]:
-        return (*self.fitting.take_notes(), *self.ways.take_notes())
+        of_texts = () if self.texts is None else self.texts.take_notes()
+        return (*of_texts, *self.fitting.take_notes(), *self.ways.take_notes())
 
     @property
     def plan(self) -> Plan | None:
@@ -258,59 +251,10 @@ class Pipeline:
 
     def known_text(self, prompt: str) -> bool:
         """Whether the states of `prompt` are in the cache, so that its run needs no text encoder."""
-        return self._cached(self.tokenizer(prompt)) is not None
+        return self._encoding().known(self.tokenizer(prompt)) is not None
 
-    def _text(self, request: CheckedRequest, tokens: Tokens, start: ResumePoint | None) -> _Text:
-        """The point before the first step, or `start`, with all text states that the request needs."""
-        dim = self.parts.text_dim
-        if start is None:
-            known = self._cached(tokens)
-            source = "computed" if known is None else "cached"
-            point = ResumePoint(0, self.encode_text(tokens) if known is None else known)
-        else:
-            source, point = "given", check_point(start, tokens.n, dim, request)
-        if request.guidance != 1 and point.negative_states is None:
-            negative = request.negative_prompt
-            nothing = not negative.strip()
-            negative_tokens = self.tokenizer.nothing() if nothing else self.tokenizer(negative)
-            known = self._cached(negative_tokens)
-            states = self.encode_text(negative_tokens) if known is None else known
-            point = replace(point, negative_states=states)
-        return _Text(point, source, () if self.texts is None else self.texts.take_notes())
-
-    def encode_text(self, tokens: Tokens) -> Tensor:
-        """Text states (n, text_dim) of the prompt's n tokens, on the CPU; the cache gets them too."""
-        ids = tokens.ids[: tokens.n]
-        states = self._encode(ids)
-        if self.texts is not None:
-            self.texts.keep(ids, states)
-        return states
-
-    @torch.inference_mode()
-    def _encode(self, ids: list[int]) -> Tensor:
-        # Padding changes nothing in the rows before it, so it is not encoded at all.
-        batch = torch.tensor([ids], device=self.device)  # (1, n)
-
-        def encode() -> Tensor:
-            with self.ways.computing(), self.parts.text_encoder() as encoder:
-                states = encoder(batch, torch.ones_like(batch, dtype=torch.bool))  # (1, n, text_dim)
-                return states[0].cpu()
-
-        while True:
-            states = self.fitting.within("text", encode)
-            if torch.isfinite(states).all():
-                self.ways.worked()
-                return states
-            if self.ways.lower_kernels(Fault("the text states are not finite"), "text encoder") is None:
-                raise OutputCheckError(
-                    "The text states are not finite, so the video would be black or noise: check the text "
-                    "encoder's file with `t2v weights verify`, or run with --device cpu."
-                )
-
-    def _cached(self, tokens: Tokens) -> Tensor | None:
-        if self.texts is None:
-            return None
-        return self.texts.find(tokens.ids[: tokens.n], self.parts.text_dim)
+    def _encoding(self) -> Encoding:
+        return Encoding(self.fitting, self.ways, self.tokenizer, self.texts)
 
     # --------------------------------------------------------------------------------------------- latents
 
@@ -388,15 +332,3 @@ class Pipeline:
             **({"fell_back": self.ways.fell_back} if self.ways.fell_back else {}),
             **self.provenance,
         }
-
-
-def how_computed(device: str, profile: Profile) -> str:
-    """What the bits of text states depend on beside encoder and tokens, in words."""
-    used = versions()
-    where = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
-    return f"{profile.dtype} on {where}, torch {used['torch']}, fourstep {used['fourstep']}"
-
-
-def _text_cache(directory: Path, encoder: Checkpoint, device: str, profile: Profile) -> TextCache:
-    digest = encoder_digest(fingerprints(encoder.files))
-    return TextCache(directory, digest, how_computed(device, profile))

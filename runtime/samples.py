@@ -4,6 +4,7 @@ Nothing here waits for the device: distances are kept on it and read with the nu
 """
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,63 +24,78 @@ ROW_MARGIN = 4.0
 KERNEL_BOUNDS = {8: 0.15, 16: 0.05, 32: 5e-3}
 """Relative, for rows of a block, by the bits of its products. A kernel rounds elsewhere than its twin: where
 it quantizes what the twin has rounded to bf16 before, some 3 % of the numbers move by a step of 6 %."""
-SAMPLED_BLOCKS = 10  # of each forward, at least; others in the next
+SAMPLED_BLOCKS = 5  # of each forward, at least, whose kernels are looked at; others in the next step
 _ROUNDINGS = 8  # a block that changes its input by fewer units of its dtype's rounding is measured by these
 TILE_TOKENS = 64  # the last so many rows may be a tile that is not whole: one of them is always looked at
-_KEY_CHUNK = 8192  # keys that are fp32 at a time: 8 MiB for two heads of 128
+_FP32_BYTES = 40_000_000
+"""Of keys or values in fp32 at a time: two heads of 128 up to 39,062 tokens, one head beyond."""
+_MOST_PIECES = 64
+"""Of the keys, for the sum over them: 8 rows by 128 columns are one tile, on one core of many."""
 _CALLS = 64  # rows are drawn for so many calls at once
 
 
 class AttentionSample:
-    """An `Attend` that computes a few rows of every call by the formula, in fp32 over all keys.
+    """An `Attend` that computes a few rows of every second block by the formula, in fp32 over all keys.
 
-    Each call: SAMPLED_ROWS queries (the last, one of the last tile, others by chance) of SAMPLED_HEADS heads,
-    other ones for each call and step, the same in each run. The expected rows come before the attention
-    itself, so they are safe from one that writes to its inputs, and what they need is gone when it begins:
-    two heads of _KEY_CHUNK keys or values and the scores, 13 MB at 75,600 tokens. Nothing is read back
-    here: `numbers` is.
+    Of `blocks`, the first and the last in each step, the others in every second one: any two steps in a row
+    look at all. There SAMPLED_ROWS queries (the last, one of the last tile, others by chance) of
+    SAMPLED_HEADS heads, other ones for each block and step, the same in each run. The expected rows come
+    before the attention itself, so they are safe from one that writes to its inputs, and what they need is
+    gone when it begins: _FP32_BYTES and the scores, 44 MB at 75,600 tokens. Nothing is read back here, and
+    the rows are compared when a step is done: `numbers`. Each operation costs a launch.
     """
 
-    def __init__(self, run: Attend, bits: int) -> None:
-        self._run = run
+    def __init__(self, run: Attend, bits: int, blocks: int = 1) -> None:
+        self._run, self._blocks = run, blocks
         self.bound = ROW_MARGIN * BOUNDS[bits]
-        self._heads = np.random.default_rng(0)
-        self._rows: Tensor | None = None  # (_CALLS, SAMPLED_ROWS), of this step
-        self._found: list[Tensor] = []
-        self._step = 0
         self.kernels: KernelSample | None = None
+        self.begin(0)
 
     def begin(self, step: int) -> None:
-        """A forward begins: what was found before is forgotten."""
-        self._heads, self._step = np.random.default_rng([step]), step
-        self._rows, self._found = None, []
+        """The forwards of a step begin: what was found before is forgotten."""
+        self._heads, self._step, self._calls = np.random.default_rng([step]), step, 0
+        self._rows: Tensor | None = None  # (_CALLS, SAMPLED_ROWS), of this step
+        self._made: list[Tensor] = []  # (R, H, D) each
+        self._expected: list[Tensor] = []  # (H, R, D) each
 
     def numbers(self) -> Tensor:
-        """(calls, 2) fp32 on the device: the largest distance, and 1 where the inputs were not finite."""
-        return torch.stack(self._found) if self._found else torch.zeros(0, 2)
+        """(samples, 2) fp32 on the device: the largest distance, and 1 where the inputs were not finite."""
+        if not self._made:
+            return torch.zeros(0, 2)
+        made = torch.stack(self._made).transpose(1, 2)  # (samples, H, R, D)
+        found = _against(made, torch.stack(self._expected))  # (samples, H, R) each
+        return _pairs(*(rows.flatten(1) for rows in found))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `attend`."""
-        rows, batch, heads = self._chosen(q)
-        expected = expected_rows(
-            q[batch, :, heads].index_select(0, rows), k[batch, :, heads], v[batch, :, heads]
-        )
+        block, self._calls = self._calls % self._blocks, self._calls + 1
         if self.kernels is not None:
             self.kernels.entering(q, k, v)
-        out = self._run(q, k, v)
+        if block in (0, self._blocks - 1) or (block + self._step) % 2 == 0:
+            out = self._looked_at(q, k, v)
+        else:
+            out = self._run(q, k, v)
         if self.kernels is not None:
             self.kernels.leaving(out)
-        self._found.append(_distance(out[batch, :, heads].index_select(0, rows), expected))
+        return out
+
+    def _looked_at(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows, batch, heads = self._chosen(q)
+        some = (x[batch, :, heads] for x in (q, k, v))
+        expected = expected_rows(next(some).index_select(0, rows), *some)
+        out = self._run(q, k, v)
+        self._expected.append(expected)
+        self._made.append(out[batch, :, heads].index_select(0, rows))
         return out
 
     def _chosen(self, q: Tensor) -> tuple[Tensor, int, slice]:
         """Rows on the device, an element of the batch, heads as a slice; nothing waits for the device."""
-        call = len(self._found)
-        if self._rows is None or call % _CALLS == 0:
-            self._rows = _drawn_rows(q.shape[1], q.device, self._step * 1_000_003 + call)
+        sample = len(self._made)
+        if self._rows is None or sample % _CALLS == 0:
+            self._rows = _drawn_rows(q.shape[1], q.device, self._step * 1_000_003 + sample)
         some = sorted(self._heads.choice(q.shape[2], min(SAMPLED_HEADS, q.shape[2]), replace=False).tolist())
         heads = slice(some[0], some[-1] + 1, max(some[-1] - some[0], 1))
-        return self._rows[call % _CALLS], call % q.shape[0], heads
+        return self._rows[sample % _CALLS], sample % q.shape[0], heads
 
 
 def _drawn_rows(length: int, device: torch.device, seed: int) -> Tensor:
@@ -94,34 +110,50 @@ def _drawn_rows(length: int, device: torch.device, seed: int) -> Tensor:
 
 def expected_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q·kᵀ/√D)·v in fp32: q (R, H, D), k and v (S, H, D) -> (H, R, D)."""
-    queries = q.float().transpose(0, 1) * q.shape[-1] ** -0.5  # (H, R, D)
-    scores = torch.cat([queries @ part.float().permute(1, 2, 0) for part in k.split(_KEY_CHUNK)], dim=-1)
-    weights = scores.softmax(-1)  # (H, R, S)
-    del scores
-    out = torch.zeros_like(queries)
-    for some, part in zip(weights.split(_KEY_CHUNK, dim=-1), v.split(_KEY_CHUNK), strict=True):
-        out.baddbmm_(some, part.float().transpose(0, 1))
-    return out
+    queries, keys, values = (x.transpose(0, 1) for x in (q, k, v))  # heads first
+    queries = queries.float() * q.shape[-1] ** -0.5
+    at_once = max(_FP32_BYTES // (4 * keys[0].numel()), 1)
+    each = zip(*(x.split(at_once) for x in (queries, keys, values)), strict=True)
+    parts = [_of_heads(*some) for some in each]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _distance(rows: Tensor, expected: Tensor) -> Tensor:
-    """(2,): the largest distance of rows (R, H, D) from expected (H, R, D), and whether that is not finite.
+def _of_heads(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """(H, R, D) of scaled fp32 queries (H, R, D), keys and values (H, S, D)."""
+    weights = (queries @ _fp32(keys).transpose(1, 2)).softmax(-1)  # (H, R, S)
+    pieces = _pieces(keys.shape[1])
+    weights = weights.unflatten(-1, (pieces, -1)).transpose(1, 2)  # (H, pieces, R, S/pieces)
+    return (weights @ _fp32(values).unflatten(1, (pieces, -1))).sum(1)
 
-    Relative to the row's own length or, where that is less, to the head's average: a row whose values cancel
-    out has the errors of its summands.
+
+def _fp32(x: Tensor) -> Tensor:
+    """Heads one after the other, in one launch: as it is, a product would copy it first."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+@cache
+def _pieces(count: int) -> int:
+    """The most equal pieces, up to _MOST_PIECES, that `count` keys fall into."""
+    return max(pieces for pieces in range(1, _MOST_PIECES + 1) if count % pieces == 0)
+
+
+def _against(made: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """How far rows (..., R, D) are from the right ones, and what that is relative to; (..., R) fp32 each.
+
+    To a row's own length or, where that is less, the average: a row whose values cancel out has the errors
+    of its summands.
     """
-    return _pair(_apart(rows.transpose(0, 1), expected), expected)
+    right = right.float()
+    lengths = torch.linalg.vector_norm(right, dim=-1)
+    errors = torch.linalg.vector_norm(made.float() - right, dim=-1)
+    return errors, torch.maximum(lengths, lengths.mean(dim=-1, keepdim=True))
 
 
-def _apart(rows: Tensor, expected: Tensor) -> Tensor:
-    lengths = expected.float().norm(dim=-1)
-    scale = torch.maximum(lengths, lengths.mean(dim=-1, keepdim=True)).clamp_min(1e-30)
-    return ((rows.float() - expected.float()).norm(dim=-1) / scale).amax()
-
-
-def _pair(worst: Tensor, expected: Tensor) -> Tensor:
-    broken = ~torch.isfinite(expected).all()
-    return torch.stack([torch.where(broken, 0.0, worst), broken.float()])
+def _pairs(errors: Tensor, scales: Tensor) -> Tensor:
+    """(samples, 2) of (samples, rows): the largest relative error, and whether its measure is not finite."""
+    broken = ~torch.isfinite(scales).all(1)
+    worst = (errors / scales.clamp_min(1e-30)).amax(1)
+    return torch.stack([worst.masked_fill_(broken, 0.0), broken.float()], dim=1)
 
 
 class KernelSample:
@@ -129,17 +161,13 @@ class KernelSample:
 
     Outside of the attention, rows have nothing to do with each other. So a block runs once more on the rows
     alone, by the twins, with the attention's own result in the place of the attention: queries, keys, values
-    and the block's change of its rows must be those that the kernels made. SAMPLED_BLOCKS of each forward.
+    and the block's change of its rows must be those that the kernels made. SAMPLED_BLOCKS of each forward,
+    and every slice of the head.
     """
 
     def __init__(self, transformer: Transformer, attention: AttentionSample) -> None:
-        self._found: list[Tensor] = []
-        self._count, self._step, self._calls = 0, 0, 0
-        self._table: Tensor | None = None  # (_CALLS, SAMPLED_ROWS)
-        self._rows: Tensor | None = None  # while a sampled block runs
-        self._inputs: tuple[Any, ...] = ()
-        self._entered: list[Tensor] = []
-        self._mixed: Tensor | None = None
+        self._count = 0
+        self.begin(0)
         self._hooks: list[Any] = []
         self._attention = attention
         attention.kernels = self
@@ -151,7 +179,8 @@ class KernelSample:
             self._hooks.append(block.register_forward_pre_hook(self._begin_block))
             self._hooks.append(block.register_forward_hook(self._end_block))
             self._count += 1
-        self._hooks.append(transformer.head.register_forward_hook(self._end_head))
+        self._head = transformer.head
+        self._hooks.append(self._head.register_forward_hook(self._end_head))
 
     def close(self) -> None:
         """Leave the transformer as it was."""
@@ -160,13 +189,26 @@ class KernelSample:
             hook.remove()
 
     def begin(self, step: int) -> None:
-        """A forward begins: what was found before is forgotten."""
+        """The forwards of a step begin: what was found before is forgotten."""
         self._step, self._calls = step, 0
-        self._found, self._table, self._rows = [], None, None
+        self._table: Tensor | None = None  # (_CALLS, SAMPLED_ROWS)
+        self._rows: Tensor | None = None  # while a sampled block runs
+        self._inputs: tuple[Any, ...] = ()
+        self._entered: list[Tensor] = []
+        self._mixed: Tensor | None = None
+        self._found: list[tuple[Tensor, Tensor]] = []  # errors and scales of rows, (n, R) each
+        self._of_head: list[tuple[Tensor, Tensor]] = []  # rows of its inputs and results, (B, R, ...) each
+        self._rows_of_head: dict[int, Tensor] = {}  # by the length of a slice
 
     def numbers(self) -> Tensor:
-        """(samples, 2) fp32 on the device, as for the attention: two of a block, and those of the head."""
-        return torch.stack(self._found) if self._found else torch.zeros(0, 2)
+        """(samples, 2) fp32 on the device, as for the attention.
+
+        For each video of the batch: four of a block (queries, keys, values, its change), then the head's.
+        """
+        found = [*self._found, *self._head_found()]
+        if not found:
+            return torch.zeros(0, 2)
+        return _pairs(*(torch.cat(rows) for rows in zip(*found, strict=True)))
 
     def entering(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """The attention of the block that runs begins."""
@@ -207,19 +249,32 @@ class KernelSample:
                 expected = block.forward(*self._inputs)  # (B, R, D)
         finally:
             block.self_attn.mix = usual
-        x, floor = self._inputs[0].float(), _ROUNDINGS * torch.finfo(result.dtype).eps
-        change = (expected - x).norm(dim=-1) + floor * x.norm(dim=-1)
-        apart = (result.index_select(1, self._rows).float() - expected.float()).norm(dim=-1) / change
-        made, right = (torch.stack(qkv).flatten(3).flatten(0, 1) for qkv in (self._entered, again))
-        self._found += [_pair(_apart(made, right), right), _pair(apart.amax(), expected)]
+        x, expected = self._inputs[0].float(), expected.float()
+        errors = torch.linalg.vector_norm(result.index_select(1, self._rows).float() - expected, dim=-1)
+        change, length = (torch.linalg.vector_norm(rows, dim=-1) for rows in (expected - x, x))
+        self._found += [
+            _against(torch.cat(self._entered).flatten(2), torch.cat(again).flatten(2)),
+            (errors, change.add_(length, alpha=_ROUNDINGS * torch.finfo(result.dtype).eps)),
+        ]
         self._rows, self._mixed, self._entered, self._inputs = None, None, [], ()
 
     def _end_head(self, head: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
-        x, time = args
-        rows = _drawn_rows(x.shape[1], x.device, 29 + self._step)[0]
+        x, self._time_of_head = args
+        count = x.shape[1]
+        if count not in self._rows_of_head:  # slices of tokens come one after the other
+            self._rows_of_head[count] = _drawn_rows(count, x.device, 29 + self._step)[0]
+        rows = self._rows_of_head[count]
+        self._of_head.append((x.index_select(1, rows), result.index_select(1, rows)))
+
+    def _head_found(self) -> list[tuple[Tensor, Tensor]]:
+        """All slices at once: the head stays on the device, where blocks may come and go."""
+        if not self._of_head:
+            return []
+        inputs, results = (torch.stack(rows) for rows in zip(*self._of_head, strict=True))  # (n, B, R, ...)
+        time = self._time_of_head.repeat(len(inputs), 1, 1)
         with twins():
-            expected = head.forward(x.index_select(1, rows), time)
-        self._found.append(_pair(_apart(result.index_select(1, rows), expected), expected))
+            expected = self._head.forward(inputs.flatten(0, 1), time)
+        return [_against(results.flatten(0, 1), expected)]
 
 
 def _slowly(linear: nn.Module, rows: Tensor) -> AbstractContextManager[Any]:

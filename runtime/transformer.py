@@ -19,7 +19,7 @@ from runtime.layers.attention import Attend, attend
 from runtime.layers.kept_text import KeptText, KeysValues
 from runtime.layers.norm import Affine, Modulation, RMSNorm, Rows, add_norm, gated_add, norm_of
 from runtime.layers.rope import RopeTable, norm_rope, rope_table
-from runtime.layers.slices import in_slices
+from runtime.layers.slices import in_slices, same_place
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,11 @@ class SelfAttention(nn.Module):
 
         Of `into`, three tensors of that shape, those are used that can be written at once.
         """
-        for_q, for_k = (None, None) if into is None else into[:2]
+        for_q, for_k, for_v = (None, None, None) if into is None else into
         q = norm_rope(self.q(x), self.norm_q, self.num_heads, rope, for_q)
         k = norm_rope(self.k(x), self.norm_k, self.num_heads, rope, for_k)
-        return q, k, self.v(x).unflatten(-1, (self.num_heads, -1))
+        v = self.v(x) if for_v is None or isinstance(x, Tensor) else self.v(x, for_v)
+        return q, k, v.unflatten(-1, (self.num_heads, -1))
 
 
 class CrossAttention(nn.Module):
@@ -172,7 +173,8 @@ class Block(nn.Module):
 
         q, k, v = in_slices(before, x, *rope, step=step, into=qkv)  # (B, L, H, D/H) each
         mixed = self.self_attn.mix(q, k, v)  # (B, L, H, D/H)
-        mixed = mixed if qkv is None else q.copy_(mixed)
+        if qkv is not None and not same_place(mixed, q):
+            mixed = q.copy_(mixed)
         del q, k, v
         return in_slices(after, x, mixed, step=step, into=x)
 

@@ -114,7 +114,9 @@ def attention(
             runs[name] = partial(run, *given, scale)
         tick(0.3 * (number + 1) / len(usable))
     _release(device)
-    timings = tune.time_candidates(runs, REPEATS, _ticking(len(runs), REPEATS, tick, 0.3, 1.0))
+    with backends.quiet():
+        timings = tune.time_candidates(runs, REPEATS, _ticking(len(runs), REPEATS, tick, 0.3, 1.0))
+    tick(1.0)  # what was far behind after one look was not timed again, nor what did not run
     entries = fastest_first(entries_of(found.values(), timings))
     return Attention(
         **asdict(size),
@@ -144,7 +146,8 @@ def _at_length(
     if run is None:
         return Proof(name, False, reason="not installed, or not for this GPU")
     try:
-        got = run(*given, size.head_dim**-0.5)[:, some].float()
+        with backends.quiet():
+            got = run(*given, size.head_dim**-0.5)[:, some].float()
         distance = float((got - exact).norm() / exact.norm())
     # A missing kernel is an assertion here, a CUDA error or a lack of memory there.
     except Exception as error:  # noqa: BLE001
@@ -173,11 +176,13 @@ def product(
         clock = _ticking(number, 7, tick, 0.0, 0.7)
         tiles = tune.tune_w8a8(rows, columns, depth, dtype, device, clock=clock)
         _release(device)
+        tick(0.7)
     best = next((config for config, timing in tiles if timing.milliseconds is not None), None)
     runs, truth = _ways(device, form, (rows, columns, depth), best, set(right))
     errors = {name: _error(run, *truth) for name, run in runs.items()}
     clock = _ticking(len(runs), 2 * REPEATS, tick, 0.7, 1.0)
     timings = tune.time_candidates(runs, 2 * REPEATS, clock)
+    tick(1.0)
     usual = ("rowwise", "unscaled") if form == "fp8" else ("fused", "integer")
     ways = tuple(
         Way(one.name, one.milliseconds, errors[one.name], one.name in (*usual, USABLE.get(form)), one.trouble)

@@ -204,7 +204,7 @@ def _with(known: tuple[_T, ...], new: _T, replaces: Callable[[_T], bool]) -> tup
 
 # ---------------------------------------------------------------------------------------------- using it
 
-LONG = 8192
+LONG = 30720
 """Tokens from which on one length stands for another (runtime.layers.backends.TIMED_TOKENS)."""
 
 

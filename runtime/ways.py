@@ -23,7 +23,7 @@ from runtime.errors import RequestError
 from runtime.guard import Fault
 from runtime.kernels.launch import trouble, twins
 from runtime.layers.attention import Attend
-from runtime.layers.backends import BACKENDS, Choice, Run, choose, named, rungs
+from runtime.layers.backends import BACKENDS, Choice, Run, choose, in_engine, named, rungs
 from runtime.memory.visit import give_back
 from runtime.samples import AttentionSample, KernelSample
 from runtime.transformer import Transformer
@@ -43,6 +43,9 @@ class Memory(Protocol):
     def avoid(self, name: str, reason: str) -> None:
         """From now on."""
 
+    def take_notes(self) -> tuple[str, ...]:
+        """What the user should read of it, once."""
+
 
 Chooser = Callable[..., Choice]
 """(device, tokens, keys=, heads=, head_dim=, dtype=, forced=, least_bits=), as `backends.choose`."""
@@ -57,6 +60,10 @@ class NoMemory:
 
     def avoid(self, name: str, reason: str) -> None:
         """Forgotten at once."""
+
+    def take_notes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
 
 class Ways:
@@ -87,7 +94,7 @@ class Ways:
         self._notes = list(notes)
         self._left: list[tuple[str, Fault]] = []  # since the last result that was right
         self.fell_back: list[str] = []
-        self.sampled = self._sample()
+        self.sampled = AttentionSample(self._attend(), self.bits)
         self.kernel_samples: KernelSample | None = None
 
     @property
@@ -112,7 +119,6 @@ class Ways:
         before = self.name
         while self.bits == 8:
             self._ladder.pop(0)
-        self.sampled = self._sample()
         self._notes.append(f"there is no room for the copies of attention {before}: {self.name} computes it.")
         return True
 
@@ -121,6 +127,7 @@ class Ways:
         if self.kernel_samples is not None:
             self.kernel_samples.close()
         fused = self.kernels == FUSED
+        self.sampled = AttentionSample(self._attend(), self.bits, len(transformer.blocks))
         self.kernel_samples = KernelSample(transformer, self.sampled) if fused else None
         transformer.use_attention(self.sampled, _attend(self.on_text, self.device))
 
@@ -153,7 +160,6 @@ class Ways:
             self._ladder, self.on_text = [FORMULA], FORMULA
         else:
             return None
-        self.sampled = self._sample()
         self._tell(before, fault, where)
         return str(self)
 
@@ -177,13 +183,9 @@ class Ways:
                 self._memory.avoid(name, fault.reason)
         self._left = []
 
-    def tell(self, *sentences: str) -> None:
-        """For the user, with the notes."""
-        self._notes += sentences
-
     def take_notes(self) -> tuple[str, ...]:
-        """What the user should read, once."""
-        notes, self._notes = tuple(self._notes), []
+        """What the user should read, once; of the memory too."""
+        notes, self._notes = (*self._notes, *self._memory.take_notes()), []
         return notes
 
     def as_dict(self) -> dict[str, str]:
@@ -198,12 +200,12 @@ class Ways:
         self.fell_back.append(f"{where}: {before} -> {self}: {fault}")
         self._notes.append(f"{where} went wrong with {before} ({fault}); repeated with {self}.")
 
-    def _sample(self) -> AttentionSample:
-        return AttentionSample(_attend(self.name, self.device), self.bits)
+    def _attend(self) -> Attend:
+        return _attend(self.name, self.device)
 
 
 def _attend(name: str, device: torch.device) -> Attend:
-    return partial(_scaled, named(name, device))
+    return partial(_scaled, in_engine(name, device))
 
 
 def _scaled(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

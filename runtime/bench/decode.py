@@ -1,4 +1,7 @@
-"""Latents to checked bytes: the first call of a process at this size, warm, and by the plain twins."""
+"""Latents to checked bytes: the first call of a process at this size, warm, and by the plain twins.
+
+What a first call usually takes the part `cold` tells: here it may be the first on this machine.
+"""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,18 +29,17 @@ def measure(scene: Scene, size: Size) -> Rows:
     latents = scene.latents(size)
     with pipe.parts.vae() as vae:
         runs: dict[str, Run] = {"in use": decoder(vae, latents, pipe.rung, pipe.ways.computing)}
-        first = wall(runs["in use"], scene.device)
+        first = wall(runs["in use"], scene.device)  # the warm-up
         if pipe.ways.kernels == FUSED:
             runs["reference"] = decoder(vae, latents, pipe.rung, launch.twins)
-        found = interleaved(runs, scene.repeats, scene.device)
+            wall(runs["reference"], scene.device)
+        with scene.measuring():
+            found = interleaved(runs, scene.repeats, scene.device, warm=0)
     row = replace(scene.row("decode", "warm, bytes included", size), unit="s", target="decode")
-    warm = found["in use"]
-    yield replace(row, found=warm, reference=found.get("reference"), note=f"rung {pipe.rung.name}")
+    yield replace(row, found=found["in use"], reference=found.get("reference"), note=f"rung {pipe.rung.name}")
     once = Sample((first,))
-    note = "its kernels are compiled, or read from their cache"
+    note = "of this process; on a machine that has not decoded before kernels are compiled in it"
     yield replace(row, what="first call", found=once, target="", note=note)
-    over = once.map(lambda seconds: seconds / warm.median)
-    yield replace(row, what="first call over warm", unit="ratio", found=over, target="decode first", note="")
 
 
 def decoder(vae: VAE, latents: Tensor, rung: Rung, computing: Computing) -> Callable[[], None]:

@@ -6,6 +6,7 @@ apart by their names, without what the guard adds. The ceilings are measured in 
 slower card still tells.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from runtime.bench import alone
 from runtime.bench.busy import Busy, Kernel, busy
-from runtime.bench.clock import Run, interleaved, on_device, wait
+from runtime.bench.clock import Run, interleaved, queued, wait, wall
 from runtime.bench.following import attend_by, following, plain
+from runtime.bench.picture import FORWARD, REFERENCE, UNGUARDED
 from runtime.bench.samples import Sample, of_sum
 from runtime.bench.scene import Rows, Scene, condition_of, placed, warm_forward
 from runtime.bench.sizes import Mix, Product, Size, Work
@@ -56,7 +58,10 @@ class _Forward:
 
 def measure(scene: Scene, size: Size) -> Rows:
     """The rows of the part `forward` for one size."""
+    began = time.perf_counter()
     forward = _prepare(scene, size)
+    took = Sample((time.perf_counter() - began,))
+    work = _record(forward)  # also the warm-up of the forward without the guard
     runs: dict[str, Run] = {
         "in use": partial(forward.run, forward.way),
         "unguarded": partial(forward.run, forward.way, guarded=False),
@@ -64,16 +69,22 @@ def measure(scene: Scene, size: Size) -> Rows:
     reference = plain(scene.device)
     if forward.way.as_dict() != reference.as_dict():
         runs["reference"] = partial(forward.run, reference, guarded=False)
-    found = interleaved(runs, scene.repeats, scene.device)
-    row = replace(scene.row("forward", "one forward", size), unit="s", target="forward")
+        wall(runs["reference"], scene.device)
+    with scene.measuring():
+        found = interleaved(runs, scene.repeats, scene.device, warm=0)
+    row = replace(scene.row("forward", FORWARD, size), unit="s", target="forward")
     whole = found["in use"]
     about = "" if "reference" in found else "; this is the reference itself"
     note = f"{forward.way}, cross {forward.way.on_text}; {placed(forward.pipe)}{about}"
     yield replace(row, found=whole, reference=found.get("reference"), note=note)
-    yield replace(row, what="the same without the guard's samples", found=found["unguarded"], target="")
-    work = _record(forward)
+    yield replace(row, what=UNGUARDED, found=found["unguarded"], target="")
+    note = "weights, choice of the way, kernels compiled: none of the others has it"
+    row = replace(scene.row("forward", "loading and first forward", size), unit="s")
+    yield replace(row, found=took, note=note)
     yield from _alone(forward, work, whole)
     yield from _profiled(forward)
+    if "reference" in found:
+        yield from _profiled(forward, reference)
     yield from _ceilings(forward, work)
 
 
@@ -130,7 +141,7 @@ def _alone(forward: _Forward, work: Work, whole: Sample) -> Rows:
 def _timed(scene: Scene, counts: Mapping[Product | Mix, int], make: Callable[[Any], Run]) -> Sample:
     """Seconds of all that is counted, one kind of operation in memory at a time."""
     samples = {
-        str(one): interleaved({"": make(one)}, scene.repeats, scene.device, on_device)[""] for one in counts
+        str(one): interleaved({"": make(one)}, scene.repeats, scene.device, queued)[""] for one in counts
     }
     return of_sum(samples, {str(one): times for one, times in counts.items()})
 
@@ -138,11 +149,11 @@ def _timed(scene: Scene, counts: Mapping[Product | Mix, int], make: Callable[[An
 # --- by the profiler ---
 
 
-def _profiled(forward: _Forward) -> Rows:
-    """The kernels of one forward; on a GPU alone."""
+def _profiled(forward: _Forward, reference: Ways | None = None) -> Rows:
+    """The kernels of one forward, in the way in use or by the reference; on a GPU alone."""
     if forward.scene.device.type != "cuda":
         return
-    run = partial(forward.run, forward.way, guarded=False)
+    run = partial(forward.run, reference or forward.way, guarded=False)
     found = busy(kernels_of(run, forward.scene.device), forward.blocks)
     apart = {
         "attention": found.attention if found.of_tokens is None else None,
@@ -153,19 +164,20 @@ def _profiled(forward: _Forward) -> Rows:
     }
     for what, seconds in apart.items():
         if seconds is not None:
-            row = forward.scene.row("forward", f"profiled: {what}", forward.size)
-            target = "forward other" if what == "everything else" else ""
+            whose = "" if reference is None else REFERENCE
+            row = forward.scene.row("forward", f"{whose}profiled: {what}", forward.size)
+            target = "forward other" if what == "everything else" and reference is None else ""
             note = _top(found) if what == "everything else" else ""
             yield replace(row, unit="s", found=Sample((seconds,)), target=target, note=note)
 
 
 def kernels_of(run: Run, device: torch.device) -> list[Kernel]:
-    """Every kernel that `run` had the GPU do, copies and fills too; one untimed run comes first."""
+    """Every kernel that `run` had the GPU do, copies and fills too; what it compiles is there already."""
     from torch.profiler import ProfilerActivity, profile
 
-    run()
     wait(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    # With `acc_events`, or torch warns that it keeps those of the last cycle alone: there is one.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         run()
         wait(device)
     on_gpu = torch.autograd.DeviceType.CUDA
@@ -214,7 +226,7 @@ def _ceilings(forward: _Forward, work: Work) -> Rows:
         ),
     }
     for what, (make, amount, note) in makes.items():
-        seconds = interleaved({"": make()}, scene.repeats, scene.device, on_device)[""]
+        seconds = interleaved({"": make()}, scene.repeats, scene.device, queued)[""]
         row = scene.row("forward", f"ceiling: {what}", size)
         rate = seconds.map(partial(_per_second, amount))
         yield replace(row, unit="B/s" if what == "copy" else "FLOP/s", found=rate, note=note)

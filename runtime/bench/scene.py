@@ -1,6 +1,7 @@
 """What the parts of the bench share: one model on one device, its pipeline, and how often to repeat."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from runtime.bench.following import following
-from runtime.bench.samples import Row
+from runtime.bench.gauge import Reading
+from runtime.bench.samples import Row, Sample
 from runtime.bench.sizes import Size
 from runtime.loading import DTYPES, ModelFiles, open_files
 from runtime.memory.planning import job_of
@@ -20,6 +22,8 @@ from runtime.schema import ModelManifest, Profile
 from runtime.transformer import Condition
 
 Rows = Iterator[Row]
+Watch = Callable[[], AbstractContextManager[Sequence[Reading]]]
+"""Watches the card in its block; the readings are whole afterwards, as those of `Gauge.during`."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,19 @@ class Where:
 
 
 class Scene:
-    """One model that is measured. A context manager: `close` frees what it loaded."""
+    """One model that is measured. A context manager: `close` frees what it loaded.
 
-    def __init__(self, where: Where, repeats: int, attention: str = "auto") -> None:
+    warm_decodes: of whole runs, for what compares itself with them later.
+    """
+
+    def __init__(
+        self, where: Where, repeats: int, attention: str = "auto", watch: Watch | None = None
+    ) -> None:
         self.where, self.repeats, self.attention = where, repeats, attention
         self.device = torch.device(where.device)
+        self.warm_decodes: dict[Size, Sample] = {}
+        self._watch: Watch = watch or (lambda: nullcontext(()))
+        self._readings: list[Reading] = []
         self._pipe: Pipeline | None = None
 
     def __enter__(self) -> "Scene":
@@ -56,6 +68,18 @@ class Scene:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around what is measured: the card is watched there, and not while a part loads and prepares."""
+        with self._watch() as readings:
+            yield
+        self._readings += readings
+
+    def take_readings(self) -> list[Reading]:
+        """What the card said since the last time; [] for a part that does not use `measuring`."""
+        taken, self._readings = self._readings, []
+        return taken
 
     def close(self) -> None:
         """Free the pipeline; the next part that needs one loads it again."""

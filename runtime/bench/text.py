@@ -41,7 +41,8 @@ def measure(scene: Scene, size: Size) -> Rows:
         runs: dict[str, Run] = {"in use": partial(_encode, encoder, ids, pipe.ways.computing)}
         if pipe.ways.kernels == FUSED:
             runs["reference"] = partial(_encode, encoder, ids, launch.twins)
-        found = interleaved(runs, scene.repeats, scene.device, on_device)
+        with scene.measuring():
+            found = interleaved(runs, scene.repeats, scene.device, on_device)
     del encoder, runs
     give_back(scene.where.device)
     yield replace(row, found=found["in use"], reference=found.get("reference"))
@@ -101,7 +102,8 @@ def _streamed(scene: Scene, pipe: Pipeline, ids: Tensor) -> tuple[Sample, int]:
         run = partial(_pass, stream, partial(_encode, encoder, ids, pipe.ways.computing))
         wall(run, scene.device)
         before = stream.counts.copied_bytes
-        found = interleaved({"": run}, scene.repeats, scene.device, warm=0)[""]
+        with scene.measuring():
+            found = interleaved({"": run}, scene.repeats, scene.device, warm=0)[""]
         return found, (stream.counts.copied_bytes - before) // scene.repeats
     finally:
         stream.close()

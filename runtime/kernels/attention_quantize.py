@@ -286,25 +286,38 @@ def _to_eight_bits_kernel(
 # --- and back ---
 
 
-def restore(out: Tensor, factor: Tensor, center: Tensor, dtype: torch.dtype) -> Tensor:
+def restore(
+    out: Tensor, factor: Tensor, center: Tensor, dtype: torch.dtype, into: Tensor | None = None
+) -> Tensor:
     """out·factor + center in fp32, then to dtype; in place where `out` has that dtype already.
 
-    out (B, L, H, D), e4m3 or 16 bits; factor and center (H, D) fp32.
+    out (B, L, H, D), e4m3 or 16 bits; factor and center (H, D) fp32. into: where the result goes otherwise,
+    (B, L, H, D) of dtype, contiguous; new memory unless given.
     """
-    return (restore_triton if fused(out, out.dtype) else restore_torch)(out, factor, center, dtype)
+    return (restore_triton if fused(out, out.dtype) else restore_torch)(out, factor, center, dtype, into)
 
 
-def restore_torch(out: Tensor, factor: Tensor, center: Tensor, dtype: torch.dtype) -> Tensor:
+def restore_torch(
+    out: Tensor, factor: Tensor, center: Tensor, dtype: torch.dtype, into: Tensor | None = None
+) -> Tensor:
     """The formula in plain torch, a head at a time."""
-    result = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    result = _place_for(out, dtype, into)
     for head in range(out.shape[2]):
         result[:, :, head] = out[:, :, head].float() * factor[head] + center[head]
     return result
 
 
-def restore_triton(out: Tensor, factor: Tensor, center: Tensor, dtype: torch.dtype) -> Tensor:
+def _place_for(out: Tensor, dtype: torch.dtype, into: Tensor | None) -> Tensor:
+    if out.dtype == dtype:
+        return out
+    return torch.empty_like(out, dtype=dtype) if into is None else into
+
+
+def restore_triton(
+    out: Tensor, factor: Tensor, center: Tensor, dtype: torch.dtype, into: Tensor | None = None
+) -> Tensor:
     """The kernel."""
-    result = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    result = _place_for(out, dtype, into)
     width = out.shape[2] * out.shape[3]
     rows, columns = 8, 512
     count = out.numel() // width

@@ -10,9 +10,10 @@ round: to x's dtype; q: to nearest, ties to even (row_quantize.py). y is rounded
 because the unfused path does so, and both must choose the same levels.
 
 x and branch (..., D) bf16, fp16 or fp32, contiguous; scale, shift, gate, weight and bias D numbers each.
-One program holds one row in registers: with a branch and int8 out 7 bytes for each bf16 entry, against 17
-unfused. The residual stream x equals the twin's bit for bit; y may differ by one rounding, because sums run
-in another order.
+One program holds one row in registers, and does some of them in turn: gate, scale and shift stay, and the
+next row is fetched while this one is summed. With a branch and int8 out 7 bytes for each bf16 entry, against
+17 unfused. The residual stream x equals the twin's bit for bit; y may differ by one rounding, because sums
+run in another order.
 """
 
 # mypy: allow-untyped-defs
@@ -27,6 +28,8 @@ from torch import Tensor
 from runtime.kernels.launch import fused, jit, on, row_parts, row_vector, rows_of, tl, warps_for
 from runtime.kernels.row_quantize import row_quantize_torch
 from runtime.kernels.rows import absmax_bits, quantized, row_scale
+
+ROWS = 1  # of a program
 
 
 class Modulation(NamedTuple):
@@ -91,11 +94,11 @@ def norm_quantize_torch(
 
 
 def norm_triton(
-    x: Tensor, scaling: Scaling, eps: float, residual: Residual | None = None, warps: int = 0
+    x: Tensor, scaling: Scaling, eps: float, residual: Residual | None = None, warps: int = 0, rows: int = 0
 ) -> Tensor:
-    """The kernel; `warps` 0 takes the number that suits D."""
+    """The kernel; `warps` and `rows` of a program 0: the numbers that suit D."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, scaling, eps, residual, y, None, warps)
+    _launch(x, scaling, eps, residual, y, None, warps, rows)
     return y
 
 
@@ -106,11 +109,12 @@ def norm_quantize_triton(
     dtype: torch.dtype,
     residual: Residual | None = None,
     warps: int = 0,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel; `warps` 0 takes the number that suits D."""
+    """The kernel; `warps` and `rows` of a program 0: the numbers that suit D."""
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
     row_scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    _launch(x, scaling, eps, residual, q, row_scales, warps)
+    _launch(x, scaling, eps, residual, q, row_scales, warps, rows)
     return q, row_scales
 
 
@@ -122,9 +126,11 @@ def _launch(
     out: Tensor,
     row_scales: Tensor | None,
     warps: int,
+    together: int,
 ) -> None:
     rows = rows_of(x)
     count, width = rows.shape
+    together = together or ROWS
     branch, gate = residual if residual is not None else (None, None)
     if branch is not None and branch.shape != x.shape:
         raise ValueError(f"branch has shape {tuple(branch.shape)}, expected that of x, {tuple(x.shape)}")
@@ -134,7 +140,7 @@ def _launch(
     if not count:
         return
     with on(x):
-        _norm_kernel[(count,)](
+        _norm_kernel[(-(-count // together),)](
             rows,
             rows if branch is None else rows_of(branch.contiguous(), "branch"),
             rows if gate is None else row_vector(gate, width, "gate"),
@@ -142,10 +148,12 @@ def _launch(
             row_vector(addend, width, "shift" if modulated else "bias"),
             out,
             rows if row_scales is None else row_scales,
+            count,
             eps,
             WIDTH=width,
             MAIN=main,
             TAIL=tail,
+            ROWS=together,
             RESIDUAL=branch is not None,
             GATED=gate is not None,
             MODULATED=modulated,
@@ -157,27 +165,34 @@ def _launch(
 
 
 @jit
-def _take(x, branch, gate, places, inside, RESIDUAL: tl.constexpr, GATED: tl.constexpr):
-    """Part of the row in fp32, after the residual, which is stored."""
-    value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        added = tl.load(branch + places, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            added = added * tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
-        rounded = (value + added).to(x.dtype.element_ty)
-        tl.store(x + places, rounded, mask=inside)
-        value = rounded.to(tl.float32)
-    return value
+def _fetched(x, branch, places, inside, RESIDUAL: tl.constexpr):
+    """A row of x and of the branch (x again where there is none), as they are stored."""
+    value = tl.load(x + places, mask=inside, other=0.0)
+    return value, tl.load(branch + places, mask=inside, other=0.0) if RESIDUAL else value
 
 
 @jit
-def _scaled(centred, inverse, factor, addend, places, inside, ROUND: tl.constexpr, MODULATED: tl.constexpr):
-    """Part of y, rounded to the dtype ROUND, in fp32; 0 outside."""
+def _taken(value, added, gate, x, places, inside, RESIDUAL: tl.constexpr, GATED: tl.constexpr):
+    """Part of the row in fp32, after the residual, which is stored."""
+    taken = value.to(tl.float32)
+    if RESIDUAL:
+        more = added.to(tl.float32)
+        if GATED:
+            more = more * gate
+        rounded = (taken + more).to(x.dtype.element_ty)
+        tl.store(x + places, rounded, mask=inside)
+        taken = rounded.to(tl.float32)
+    return taken
+
+
+@jit
+def _vectors(gate, factor, addend, places, inside, GATED: tl.constexpr, MODULATED: tl.constexpr):
+    """What all rows share: the gate, the multiplier and the addend, fp32."""
     multiplier = tl.load(factor + places, mask=inside, other=0.0).to(tl.float32)
     if MODULATED:
         multiplier = 1.0 + multiplier
     plus = tl.load(addend + places, mask=inside, other=0.0).to(tl.float32)
-    return tl.fma(centred * inverse, multiplier, plus).to(ROUND).to(tl.float32)
+    return tl.load(gate + places, mask=inside, other=0.0).to(tl.float32) if GATED else plus, multiplier, plus
 
 
 @jit
@@ -189,50 +204,70 @@ def _norm_kernel(
     addend,
     out,
     scales,
+    count,
     eps,
     WIDTH: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     MODULATED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     INTEGER: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS
     x += row * WIDTH
     branch += row * WIDTH
     out += row * WIDTH
     ROUND: tl.constexpr = x.dtype.element_ty
     places = tl.arange(0, MAIN)
     whole = places < WIDTH
-    a = _take(x, branch, gate, places, whole, RESIDUAL, GATED)
-    total = tl.sum(a, axis=0)
+    gate_a, multiplier_a, plus_a = _vectors(gate, factor, addend, places, whole, GATED, MODULATED)
+    value_a, added_a = _fetched(x, branch, places, whole, RESIDUAL)
     if TAIL:
         beyond = MAIN + tl.arange(0, TAIL)
-        inside = beyond < WIDTH
-        b = _take(x, branch, gate, beyond, inside, RESIDUAL, GATED)
-        total += tl.sum(b, axis=0)
-    mean = total / WIDTH
-    a = a - mean
-    squares = tl.sum(a * a, axis=0)
-    if TAIL:
-        b = tl.where(inside, b - mean, 0.0)
-        squares += tl.sum(b * b, axis=0)
-    inverse = 1.0 / tl.sqrt(squares / WIDTH + eps)
-    a = _scaled(a, inverse, factor, addend, places, whole, ROUND, MODULATED)
-    if TAIL:
-        b = _scaled(b, inverse, factor, addend, beyond, inside, ROUND, MODULATED)
-    if QUANTIZE:
-        bits = absmax_bits(a)
+        within = beyond < WIDTH
+        gate_b, multiplier_b, plus_b = _vectors(gate, factor, addend, beyond, within, GATED, MODULATED)
+        value_b, added_b = _fetched(x, branch, beyond, within, RESIDUAL)
+    for step in range(ROWS):
+        there = row < count
+        inside_a = whole & there
+        a = _taken(value_a, added_a, gate_a, x, places, inside_a, RESIDUAL, GATED)
+        total = tl.sum(a, axis=0)
         if TAIL:
-            bits = tl.maximum(bits, absmax_bits(b))
-        scale, reciprocal, stored = row_scale(bits, INTEGER)
-        tl.store(scales + row, stored)
-        tl.store(out + places, quantized(a, scale, reciprocal, INTEGER))
+            inside_b = within & there
+            b = _taken(value_b, added_b, gate_b, x, beyond, inside_b, RESIDUAL, GATED)
+            total += tl.sum(b, axis=0)
+        x += WIDTH
+        branch += WIDTH
+        if ROWS > 1:  # the next row is on its way while this one is summed, and summed again
+            more = (step + 1 < ROWS) & (row + 1 < count)
+            value_a, added_a = _fetched(x, branch, places, whole & more, RESIDUAL)
+            if TAIL:
+                value_b, added_b = _fetched(x, branch, beyond, within & more, RESIDUAL)
+        mean = total / WIDTH
+        a = a - mean
+        squares = tl.sum(a * a, axis=0)
         if TAIL:
-            tl.store(out + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside)
-    else:
-        tl.store(out + places, a.to(ROUND))
+            b = tl.where(within, b - mean, 0.0)
+            squares += tl.sum(b * b, axis=0)
+        inverse = 1.0 / tl.sqrt(squares / WIDTH + eps)
+        a = tl.fma(a * inverse, multiplier_a, plus_a).to(ROUND).to(tl.float32)
         if TAIL:
-            tl.store(out + beyond, b.to(ROUND), mask=inside)
+            b = tl.fma(b * inverse, multiplier_b, plus_b).to(ROUND).to(tl.float32)
+        if QUANTIZE:
+            bits = absmax_bits(a)
+            if TAIL:
+                bits = tl.maximum(bits, absmax_bits(b))
+            scale, reciprocal, stored = row_scale(bits, INTEGER)
+            tl.store(scales + row, stored, mask=there)
+            tl.store(out + places, quantized(a, scale, reciprocal, INTEGER), mask=inside_a)
+            if TAIL:
+                tl.store(out + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside_b)
+        else:
+            tl.store(out + places, a.to(ROUND), mask=inside_a)
+            if TAIL:
+                tl.store(out + beyond, b.to(ROUND), mask=inside_b)
+        out += WIDTH
+        row += 1

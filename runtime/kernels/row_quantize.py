@@ -3,9 +3,9 @@
     s[m]   = max(absmax(x[m]), 1e-30) / qmax          qmax 448 for e4m3, 127 for int8; s is fp32
     q[m,k] = round(x[m,k] / s[m])                     to nearest, ties to even
 
-x (M, K) bf16, fp16 or fp32, row-major; q (M, K), s (M, 1). One program holds one row in registers: x is
-read once and q written once, 3 bytes for each bf16 entry. The kernel equals its twin bit for bit; a row
-with NaN or infinity is NaN again after q*s in both.
+x (M, K) bf16, fp16 or fp32, row-major; q (M, K), s (M, 1). One program holds one row in registers, and
+does some of them in turn: x is read once and q written once, 3 bytes for each bf16 entry. The kernel equals
+its twin bit for bit; a row with NaN or infinity is NaN again after q*s in both.
 """
 
 # mypy: allow-untyped-defs
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from runtime.kernels.launch import FLOOR, QMAX, fused, jit, on, row_parts, rows_of, tl, warps_for
 from runtime.kernels.rows import absmax_bits, quantized, row_scale
+
+ROWS = 1  # of a program
 
 
 def row_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,15 +54,20 @@ def to_levels(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return q.clamp_(-QMAX[dtype], QMAX[dtype]).to(dtype)
 
 
-def row_quantize_triton(x: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
-    """The kernel; `warps` 0 takes the number that suits K."""
-    return launch_rows(_row_quantize_kernel, x, dtype, warps, fuse=False)
+def row_quantize_triton(
+    x: Tensor, dtype: torch.dtype, warps: int = 0, together: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The kernel; `warps`, and the rows of a program: 0 takes the number that suits K."""
+    return launch_rows(_row_quantize_kernel, x, dtype, warps, together or ROWS, fuse=False)
 
 
 def launch_rows(
-    kernel: Any, x: Tensor, dtype: torch.dtype, warps: int, *, fuse: bool
+    kernel: Any, x: Tensor, dtype: torch.dtype, warps: int, together: int, *, fuse: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run a kernel that makes 8-bit rows and their scales of the rows of x; fuse: multiply-adds may be."""
+    """Run a kernel that makes 8-bit rows and their scales of the rows of x, `together` in each program.
+
+    fuse: whether multiply-adds may be.
+    """
     rows = rows_of(x)
     count, width = rows.shape
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -68,13 +75,15 @@ def launch_rows(
     main, tail = row_parts(width)
     if count:
         with on(x):
-            kernel[(count,)](
+            kernel[(-(-count // together),)](
                 rows,
                 q,
                 scale,
+                count,
                 WIDTH=width,
                 MAIN=main,
                 TAIL=tail,
+                ROWS=together,
                 INTEGER=dtype == torch.int8,
                 num_warps=warps or warps_for(width),
                 enable_fp_fusion=fuse,
@@ -84,21 +93,55 @@ def launch_rows(
 
 @jit
 def _row_quantize_kernel(
-    x, q, scales, WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, INTEGER: tl.constexpr
+    x,
+    q,
+    scales,
+    count,
+    WIDTH: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTEGER: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS
     x += row * WIDTH
     q += row * WIDTH
     places = tl.arange(0, MAIN)
-    a = tl.load(x + places).to(tl.float32)
+    beyond = MAIN + tl.arange(0, TAIL if TAIL else 16)
+    next_a = tl.load(x + places)
+    next_b = tl.load(x + beyond, mask=beyond < WIDTH, other=0.0) if TAIL else next_a
+    for step in range(ROWS):
+        a = next_a.to(tl.float32)
+        b = next_b.to(tl.float32)
+        x += WIDTH
+        if ROWS > 1:  # the next row is on its way while this one is looked through
+            more = (step + 1 < ROWS) & (row + 1 < count)
+            next_a = tl.load(x + places, mask=(places < WIDTH) & more, other=0.0)
+            next_b = tl.load(x + beyond, mask=(beyond < WIDTH) & more, other=0.0) if TAIL else next_a
+        store_row(a, b, q, scales + row, places, beyond, row < count, WIDTH, TAIL, INTEGER)
+        q += WIDTH
+        row += 1
+
+
+@jit
+def store_row(
+    a,
+    b,
+    q,
+    place,
+    places,
+    beyond,
+    there,
+    WIDTH: tl.constexpr,
+    TAIL: tl.constexpr,
+    INTEGER: tl.constexpr,
+):
+    """Quantize a row in two parts, fp32, and store it with its scale where it is `there`; no TAIL, no b."""
     bits = absmax_bits(a)
     if TAIL:
-        beyond = MAIN + tl.arange(0, TAIL)
-        inside = beyond < WIDTH
-        b = tl.load(x + beyond, mask=inside, other=0.0).to(tl.float32)
         bits = tl.maximum(bits, absmax_bits(b))
     scale, reciprocal, stored = row_scale(bits, INTEGER)
-    tl.store(scales + row, stored)
-    tl.store(q + places, quantized(a, scale, reciprocal, INTEGER))
+    tl.store(place, stored, mask=there)
+    tl.store(q + places, quantized(a, scale, reciprocal, INTEGER), mask=(places < WIDTH) & there)
     if TAIL:
-        tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside)
+        tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=(beyond < WIDTH) & there)

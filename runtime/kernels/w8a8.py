@@ -41,17 +41,19 @@ def w8a8(
     out_dtype: torch.dtype = torch.bfloat16,
     gelu: bool = False,
     fast: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """q (M, K), w (N, K), s_a (M, 1), s_w (N, 1), bias (N,) -> y (M, N) of out_dtype.
 
-    The tiles are those that `configs.use` set for this GPU, format, N and K, else a default. Raises
-    ValueError for operands that do not fit together.
+    into: where the kernel writes y, (M, N) contiguous of out_dtype; new memory unless given. The tiles are
+    those that `configs.use` set for this GPU, format, N and K, else a default. Raises ValueError for operands
+    that do not fit together.
     """
     _check(q, w, s_a, s_w, bias)
     if not fused(q, q.dtype):
         return w8a8_torch(q, w, s_a, s_w, bias, out_dtype, gelu)
     config = chosen(q.device, q.dtype, w.shape[0], w.shape[1])
-    return w8a8_triton(q, w, s_a, s_w, bias, out_dtype, gelu, fast, config)
+    return w8a8_triton(q, w, s_a, s_w, bias, out_dtype, gelu, fast, config, into)
 
 
 def _check(q: Tensor, w: Tensor, s_a: Tensor, s_w: Tensor, bias: Tensor | None) -> None:
@@ -104,11 +106,12 @@ def w8a8_triton(
     gelu: bool,
     fast: bool,
     config: Config,
+    into: Tensor | None = None,
 ) -> Tensor:
     """The kernel with the tiles of `config`. Raises what Triton raises where the GPU has no room for them."""
     q, w = q.contiguous(), w.contiguous()
     (rows, depth), columns = q.shape, w.shape[0]
-    y = torch.empty((rows, columns), dtype=out_dtype, device=q.device)
+    y = torch.empty((rows, columns), dtype=out_dtype, device=q.device) if into is None else into
     if not rows:
         return y
     tiles = -(-rows // config.rows) * -(-columns // config.columns)

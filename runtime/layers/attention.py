@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""softmax(q·kᵀ/√D)·v: q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D); `attend`, or what equals it."""
+"""softmax(q·kᵀ/√D)·v: q (B, L, H, D), k and v (B, S, H, D) -> (B, L, H, D), `attend` or what equals it.
+
+It may leave its result in q's memory; k and v stay as they are."""
 
 
 def attention(

@@ -22,8 +22,9 @@ silently wrong.
 """
 
 import importlib
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
@@ -34,7 +35,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from runtime.errors import RequestError
-from runtime.kernels.tune import Timing, time_candidates
+from runtime.kernels.tune import Timing, in_a_row, time_candidates
 from runtime.layers import cudnn_fp8
 
 Run = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -43,7 +44,9 @@ BOUNDS = {8: 0.06, 16: 0.01, 32: 4e-3}  # relative RMS distance to fp32; roundin
 _SCORE_BYTES = 2**28  # of fp32 scores that the twin holds at a time
 _HEAD_DIMS_8BIT = (64, 96, 128)
 LAST_RESORT = "sdpa-math"  # never left out
-TIMED_TOKENS = 8192  # at most, in trials: 80 MiB for each 16-bit tensor of 40 heads of 128
+TIMED_TOKENS = 30720  # at most, in trials; the smallest full video has 32,760
+TIMED_ROWS = 5 * 32768  # of all heads: 40 MiB for each 16-bit tensor of heads of 128
+_TILE = 64  # fewer queries or keys are none for cuDNN
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,14 @@ class Backend:
     Attributes:
         bits: 8, 16 or 32, the precision of its products; sets the bound of its proof and its place among
         rungs. find: (compute capability) -> what runs it there, or None; it may import a package. lowest:
-        first compute capability.
+        first compute capability. over: the same for whoever needs q no more, with the result in its memory.
     """
 
     name: str
     bits: int
     find: Callable[[tuple[int, int]], Run | None]
     lowest: tuple[int, int] = (8, 0)
+    over: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ def math(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def _sdpa_with(kernel: SDPBackend, _capability: tuple[int, int]) -> Run:
     def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if kernel == SDPBackend.CUDNN_ATTENTION and min(q.shape[1], k.shape[1]) < _TILE:
+            return sdpa(q, k, v, scale)
         with sdpa_kernel(kernel):
             return sdpa(q, k, v, scale)
 
@@ -192,7 +198,7 @@ BACKENDS = {
         Backend("sage2-fp32", 8, partial(_sage2, "fp32")),
         Backend("sage2-fp16", 8, partial(_sage2, "fp16")),
         Backend("sage1", 8, _sage1),
-        Backend("cudnn-fp8", 8, cudnn_fp8.find, lowest=(9, 0)),
+        Backend("cudnn-fp8", 8, cudnn_fp8.find, lowest=(9, 0), over=cudnn_fp8.run_over),
         Backend("flash3", 16, partial(_flash, "flash_attn_interface"), lowest=(9, 0)),
         Backend("flash2", 16, partial(_flash, "flash_attn")),
         Backend("sdpa-cudnn", 16, partial(_sdpa_with, SDPBackend.CUDNN_ATTENTION)),
@@ -205,6 +211,17 @@ BACKENDS = {
 
 
 # --- which are right here ---
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """For trials: where no kernel of torch's may run, it warns of each; a proof says it in one line.
+
+    Those warnings alone are silenced: they come from the call of torch's attention in this file.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=rf"{__name__.replace('.', '[.]')}$")
+        yield
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -263,7 +280,8 @@ def _prove(name: str, run: Run | None, device: torch.device, dtype: torch.dtype,
         for keys in {length, 512}:
             q, k, v = inputs(length, keys, 3, head_dim, dtype, device)
             try:
-                out = run(q, k, v, head_dim**-0.5)
+                with quiet():
+                    out = run(q, k, v, head_dim**-0.5)
                 distance = _distance(out, math(q.float(), k.float(), v.float(), head_dim**-0.5))
             # A missing kernel is an assertion here, a CUDA error or an unsupported shape there.
             except Exception as error:  # noqa: BLE001
@@ -308,9 +326,10 @@ def choose(
     """The fastest proven backend for `tokens` queries on `keys` keys (the same tokens unless given).
 
     Timed on `device` with random inputs, once per process and size; on a CPU it is torch's own. Of longer
-    lengths TIMED_TOKENS are timed, as a loaded model leaves no room for more: what is fastest there is taken
-    for what is fastest, and no time of the full length is claimed. The order can differ only between near
-    equals: what a backend does once for each token weighs four times as much at 8,192 as at 32,760.
+    lengths TIMED_TOKENS are timed, and of many heads some (`timed_heads`): what is fastest there is taken for
+    what is fastest, and no time of all heads is claimed. The length must be about the real one: what an 8-bit
+    backend does once for each token weighs four times as much at 8,192 tokens, and there cuDNN's lost to
+    torch's on the H200 (3.4 against 2.0 ms) that it beats at 32,760 (27.4 against 38.4).
     forced: this backend and no other ("auto" is None). avoided: names that are left out, but for the last
     resort. least_bits, most_bits: the precisions that are asked for; least_bits=16 where there is no memory
     for 8-bit copies of q, k and v. Where nothing of at most `most_bits` is right, more bits are taken.
@@ -322,7 +341,7 @@ def choose(
             least_bits = max(least_bits, 16)
         timed = (min(tokens, TIMED_TOKENS), min(keys, TIMED_TOKENS))
         wanted = _Wanted(frozenset(avoided), least_bits, most_bits)
-        return _fastest(device, *timed, heads, head_dim, dtype, wanted)
+        return _fastest(device, *timed, timed_heads(timed[0], heads), head_dim, dtype, wanted)
     if forced not in BACKENDS:
         raise RequestError(f"attention {forced!r} is unknown, expected auto or one of {', '.join(BACKENDS)}")
     proof = prove(forced, device, dtype, head_dim)
@@ -330,6 +349,11 @@ def choose(
     if not proof.ok or run is None:
         raise RequestError(f"attention {forced!r} does not work here ({proof.reason}): use --attention auto")
     return Choice(forced, run, (proof,))
+
+
+def timed_heads(tokens: int, heads: int) -> int:
+    """How many of `heads` heads are timed at a length: as many as fill a GPU and take little memory."""
+    return max(1, min(heads, TIMED_ROWS // max(tokens, 1)))
 
 
 def few_keys(tokens: int, keys: int) -> bool:
@@ -386,7 +410,9 @@ def _fastest(
         return Choice(name, _must(name, device), found)
     q, k, v = inputs(tokens, keys, heads, head_dim, dtype, device)
     scale = head_dim**-0.5
-    timings = time_candidates({n: partial(_must(n, device), q, k, v, scale) for n in names}, repeats=3)
+    runs = {n: partial(_must(n, device), q, k, v, scale) for n in names}
+    with quiet():
+        timings = time_candidates(runs, repeats=3, clock=in_a_row)
     best = next((timing.name for timing in timings if timing.milliseconds is not None), LAST_RESORT)
     return Choice(best, _must(best, device), found, tuple(timings))
 
@@ -420,6 +446,12 @@ def named(name: str, device: torch.device) -> Run:
     if run is None:
         raise RequestError(f"attention {name!r} is not available here: use --attention auto")
     return run
+
+
+def in_engine(name: str, device: torch.device) -> Run:
+    """As `named`, for the model's blocks: it may take the memory of its q for the result."""
+    run = named(name, device)
+    return BACKENDS[name].over or run
 
 
 def _must(name: str, device: torch.device) -> Run:

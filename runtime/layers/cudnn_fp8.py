@@ -71,9 +71,18 @@ def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return through(product, q, k, v, scale)
 
 
-def through(multiply: Product, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def run_over(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`run` for whoever needs q no more: the result takes its memory, which spares a copy of all tokens."""
+    if min(q.shape[1], k.shape[1]) < SHORTEST or not q.is_contiguous():
+        return run(q, k, v, scale)
+    return through(product, q, k, v, scale, into=q)
+
+
+def through(
+    multiply: Product, q: Tensor, k: Tensor, v: Tensor, scale: float, into: Tensor | None = None
+) -> Tensor:
     """`run` with another way to multiply in eight bits: what surrounds cuDNN, to be tested without it."""
-    return restore(*_multiplied(multiply, q, k, v, scale), q.dtype)
+    return restore(*_multiplied(multiply, q, k, v, scale), q.dtype, into)
 
 
 def _multiplied(
@@ -141,14 +150,22 @@ def _constants(device: torch.device) -> tuple[Tensor, ...]:
     return torch.tensor([[1.0], [scale], [1 / scale]]).repeat(1, 4).to(device).unbind()
 
 
+_refused: set[tuple[torch.device, torch.dtype]] = set()
+"""Outputs that cuDNN does not write on a GPU."""
+
+
 @lru_cache(maxsize=16)  # a run has one shape; trials have a few
 def _graph(device: torch.device, shape: _Shape, wanted: torch.dtype) -> _Graph:
     """The graph for a shape, with an output of the wanted dtype if that exists and of e4m3 otherwise."""
-    try:
-        return _built(device, shape, wanted)
-    # Frontends refuse it with one class, cuDNN itself with another.
-    except Exception:  # noqa: BLE001
-        return _built(device, shape, E4M3)
+    if (device, wanted) not in _refused:
+        try:
+            return _built(device, shape, wanted)
+        # Frontends refuse it with one class, cuDNN itself with another.
+        except Exception:  # noqa: BLE001
+            built = _built(device, shape, E4M3)
+            _refused.add((device, wanted))  # it is the GPU that has none: no other shape asks again
+            return built
+    return _built(device, shape, E4M3)
 
 
 def _built(device: torch.device, shape: _Shape, dtype: torch.dtype) -> _Graph:

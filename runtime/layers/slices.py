@@ -45,7 +45,12 @@ def in_slices(f: Callable[..., Any], *inputs: Tensor, step: int | None, into: Pl
             if place == len(made):
                 made.append(piece.new_empty((piece.shape[0], count, *piece.shape[2:])))
             target = made[place][:, start : start + step]
-            if piece.data_ptr() != target.data_ptr() or piece.is_meta:
+            if not same_place(piece, target):
                 target.copy_(piece)
         del part, piece, pieces, places, there, target  # before the next slice makes its own
     return made[0] if alone else tuple(made)
+
+
+def same_place(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and layout begin at the same memory; on meta there is none."""
+    return not one.is_meta and one.data_ptr() == other.data_ptr()

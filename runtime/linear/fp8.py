@@ -57,12 +57,13 @@ class Fp8Linear(QuantizedLinear):
             return self.product(*row_quantize(rows, E4M3), rows.dtype)
         return self.dequantized(rows)
 
-    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """rowwise, for bf16 alone, or fused: the ways that take quantized rows whole."""
         if self._way(q, dtype) == "fused":
             bias = self.bias
-            return w8a8(q, self.weight, scale, self.weight_scale, bias, dtype, fast=FAST_ACCUMULATION)
-        return self._rowwise(q, scale)
+            operands = (q, self.weight, scale, self.weight_scale, bias, dtype)
+            return w8a8(*operands, fast=FAST_ACCUMULATION, into=into)
+        return self._rowwise(q, scale, into)
 
     def way(self, rows: Tensor) -> str:
         """How rows are multiplied on their device; the names stand at the head of this file."""
@@ -84,9 +85,9 @@ class Fp8Linear(QuantizedLinear):
     def _reference(self, q: Tensor, scale: Tensor) -> Tensor:
         return rescale(q.float() @ self.weight.float().t(), scale, self.weight_scale, self.bias)
 
-    def _rowwise(self, q: Tensor, scale: Tensor) -> Tensor:
+    def _rowwise(self, q: Tensor, scale: Tensor, into: Tensor | None = None) -> Tensor:
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        return scaled_mm_rowwise(q, self.weight, scale, self.weight_scale, bias)
+        return scaled_mm_rowwise(q, self.weight, scale, self.weight_scale, bias, into)
 
     def _unscaled(self, q: Tensor, scale: Tensor) -> Tensor:
         return rescale(scaled_mm_unscaled(q, self.weight), scale, self.weight_scale, self.bias)
@@ -110,9 +111,17 @@ def reference(
 
 
 def scaled_mm_rowwise(
-    q: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """q (M, in), scale (M, 1), weight (out, in), weight_scale (out, 1), bf16 bias (out,) -> (M, out) bf16."""
+    """q (M, in), scale (M, 1), weight (out, in), weight_scale (out, 1), bf16 bias (out,) -> (M, out) bf16.
+
+    into: where the result goes, if it is given and no rows have to be added.
+    """
     padded, padded_scale = pad_rows(q), scale
     if padded.shape[0] != q.shape[0]:
         padded_scale = scale.new_ones((padded.shape[0], 1))
@@ -125,6 +134,7 @@ def scaled_mm_rowwise(
         bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=FAST_ACCUMULATION,
+        **({"out": into} if into is not None and padded is q else {}),
     )
     return y[: q.shape[0]]
 

@@ -50,9 +50,9 @@ class Int8Linear(QuantizedLinear):
             return self.in_slices(rows, self._integer)
         return self.dequantized(rows)
 
-    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """fused, which is the one way that takes quantized rows whole."""
-        return w8a8(q, self.weight, scale, self.weight_scale, self.bias, dtype)
+        return w8a8(q, self.weight, scale, self.weight_scale, self.bias, dtype, into=into)
 
     def way(self, rows: Tensor) -> str:
         """How rows are multiplied on their device; the names stand at the head of this file."""

@@ -65,11 +65,15 @@ class QuantizedLinear(nn.Module):
             )
         return self
 
-    def forward(self, x: Tensor | Prepared) -> Tensor:
-        """x (..., in), bf16, fp16 or fp32, or such rows prepared -> (..., out) of their dtype."""
+    def forward(self, x: Tensor | Prepared, into: Tensor | None = None) -> Tensor:
+        """x (..., in), bf16, fp16 or fp32, or such rows prepared -> (..., out) of their dtype.
+
+        into: contiguous memory for the result, which a product of prepared rows may use.
+        """
         if isinstance(x, Prepared):
             q = x.values.reshape(-1, self.in_features)  # (M, in)
-            y = self.product(q, x.scales.reshape(-1, 1), x.dtype)
+            place = None if into is None else into.view(-1, self.out_features)
+            y = self.product(q, x.scales.reshape(-1, 1), x.dtype, place)
             return y.reshape(*x.values.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features)  # (M, in)
         if self.takes(rows) is not None:
@@ -90,8 +94,11 @@ class QuantizedLinear(nn.Module):
         """How x (..., in) is multiplied on its device: one of the ways of the class."""
         raise NotImplementedError
 
-    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """q (M, in) quantized, scale (M, 1) -> (M, out) of dtype, in one of the ways of PREPARED."""
+    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """q (M, in) quantized, scale (M, 1) -> (M, out) of dtype, in one of the ways of PREPARED.
+
+        into: (M, out) contiguous of dtype, where the result may go.
+        """
         raise NotImplementedError
 
     def multiply(self, rows: Tensor) -> Tensor:

@@ -182,10 +182,15 @@ class BlockStream(nn.ModuleList):
 
         What is no longer placed is freed before anything new is allocated, so a leaner plan never needs
         more than the one before. When an allocation fails, nothing is left on the device, and the error is
-        torch's.
+        torch's. While the stream is parked it stays so: something else has the device, and the next pass
+        allocates.
         """
         self._placement = _checked(resident, cached, slots, len(self._stored))
-        self._settle_in()
+        if self._parked and not self._closed:
+            self.park()  # whatever was read ahead is not written to a cache that goes
+            self._reader.set_cached(self._placement[1])
+        else:
+            self._settle_in()
 
     def park(self) -> None:
         """Free everything on the device but the small tensors; the next pass brings it back."""

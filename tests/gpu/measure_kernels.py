@@ -57,6 +57,11 @@ def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+# warps and rows of a program
+IN_TURN = [(4, 1), (8, 1), (8, 2), (8, 4), (8, 8), (4, 4), (16, 2), (16, 4)]
+IN_TURN_WIDE = [(16, 1), (32, 1), (16, 2), (16, 4), (32, 2), (32, 4)]
+
+
 def copy_rate() -> float:
     """Bytes per millisecond, read plus written, of a copy of 1 GiB."""
     source = torch.randn(2**28, device=CUDA)
@@ -85,7 +90,7 @@ def row_kernels(rows: int, repeats: int) -> None:
             (
                 f"row_quantize 5120 {name}",
                 3 * n,
-                {f"w{w}": partial(row_quantize_triton, x, form, w) for w in (4, 8, 16)},
+                {f"w{w} r{r}": partial(row_quantize_triton, x, form, w, r) for w, r in IN_TURN},
                 partial(row_quantize_torch, x, form),
             ),
             (
@@ -97,22 +102,25 @@ def row_kernels(rows: int, repeats: int) -> None:
             (
                 f"norm_quantize {name}",
                 3 * n,
-                {f"w{w}": partial(norm_quantize_triton, x, scaling, 1e-6, form, None, w) for w in (4, 8, 16)},
+                {
+                    f"w{w} r{r}": partial(norm_quantize_triton, x, scaling, 1e-6, form, None, w, r)
+                    for w, r in IN_TURN
+                },
                 partial(norm_quantize_torch, x, scaling, 1e-6, form),
             ),
             (
                 f"residual + norm_quantize {name}",
                 7 * n,
                 {
-                    f"w{w}": partial(norm_quantize_triton, x, scaling, 1e-6, form, residual, w)
-                    for w in (4, 8, 16)
+                    f"w{w} r{r}": partial(norm_quantize_triton, x, scaling, 1e-6, form, residual, w, r)
+                    for w, r in IN_TURN
                 },
                 partial(norm_quantize_torch, x, scaling, 1e-6, form, residual),
             ),
             (
                 f"gelu_quantize 13824 {name}",
                 3 * f,
-                {f"w{w}": partial(gelu_quantize_triton, h, form, w) for w in (8, 16, 32)},
+                {f"w{w} r{r}": partial(gelu_quantize_triton, h, form, w, r) for w, r in IN_TURN_WIDE},
                 partial(gelu_quantize_torch, h, form),
             ),
         ]
@@ -120,7 +128,7 @@ def row_kernels(rows: int, repeats: int) -> None:
         (
             "residual + norm (bf16 out)",
             8 * n,
-            {f"w{w}": partial(norm_triton, x, scaling, 1e-6, residual, w) for w in (4, 8, 16)},
+            {f"w{w} r{r}": partial(norm_triton, x, scaling, 1e-6, residual, w, r) for w, r in IN_TURN},
             lambda: None,
         ),
         (

@@ -3,11 +3,12 @@
     python -m tests.gpu.measure_start [--repeats N] [OPTIONS OF t2v generate]
     python -m tests.gpu.measure_start --model /weights/synth --height 480 --width 832 --frames 81
 
-Three tables. `pieces`: what a start is made of, one piece after the other in a process of their own, each
+Four tables. `pieces`: what a start is made of, one piece after the other in a process of their own, each
 alone, so what overlaps in a run shows its full price. `run`: `t2v generate --json` as a user starts it, each
 event at its second since the command; the first run may find files and compiled kernels cold, the last ones
 are what "page cache warm" means. `imports`: what python spends most on before the first byte is read, by
-package, without what each imports in turn. Without a GPU the pieces that need one are left out.
+package, without what each imports in turn. `trials`: what `t2v doctor` has a process of its own try, twice.
+Without a GPU the pieces that need one are left out.
 """
 
 import argparse
@@ -115,8 +116,9 @@ def python(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with this source tree first."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
+    """This process's, with this source tree first; packages may lie where PYTHONPATH says."""
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def print_table(title: str, rows: list[tuple[str, float]]) -> None:
@@ -176,6 +178,24 @@ def _name_of(event: dict[str, Any]) -> str | None:
     return f"first piece of {phase}" if phase == "decode" and step == 1 else None
 
 
+def measure_trials(device: str, number: int) -> None:
+    """What `t2v doctor` waits for, trial by trial; the first run may find nothing compiled."""
+    began = last = time.perf_counter()
+    command = python("-m", "entrypoint.kernel_trials", device)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    assert process.stdout is not None
+    rows: list[tuple[str, float]] = []
+    for line in process.stdout:
+        now, found = time.perf_counter(), json.loads(line)
+        if "trying" not in found:
+            name = found["attention"]["name"] if "attention" in found else f"until {next(iter(found))}"
+            rows.append((name, now - last))
+        last = now
+    process.wait()
+    rows += [("until it ended", time.perf_counter() - last), ("all", time.perf_counter() - began)]
+    print_table(f"trials {number}: seconds each; ways: torch, CUDA, every 8-bit product", rows)
+
+
 def measure_imports(options: list[str]) -> None:
     """What is imported before the first byte of weights is read, by package."""
     with tempfile.TemporaryDirectory() as place:
@@ -216,6 +236,8 @@ def main() -> None:
     for number in range(1, given.repeats + 1):
         measure_run([*options, "--cache", "none", *rest], number)
     measure_imports([*options, "--cache", "none", *rest])
+    for number in (1, 2):
+        measure_trials("cuda:0" if given.device == "auto" else given.device, number)
 
 
 if __name__ == "__main__":

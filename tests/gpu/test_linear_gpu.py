@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.kernels.prepared import Prepared
+from runtime.kernels.row_quantize import row_quantize
 from runtime.linear import Fp8Linear, Int8Linear, QuantizedLinear, forced_way, fp8, int8
 from runtime.linear.quantize import FORMATS, dequantize, quantize_rows, quantize_weight
 
@@ -200,3 +202,17 @@ def test_memory_and_time(form: str) -> None:
         print(f"{form} {way}: {start.elapsed_time(end) / 5:.2f} ms, {peak:.2f} GiB beside x and the last y")
         assert peak < 0.9 + 0.85  # the next y, and slices of at most a few times 128 MiB
         assert torch.isfinite(y[::997]).all()
+
+
+@pytest.mark.parametrize("form", CLASSES)
+@pytest.mark.parametrize("rows", [512, 1000])
+def test_a_product_writes_where_it_is_told(form: str, rows: int) -> None:
+    linear = make(form, 5120, 1536, torch.float32)
+    x = rows_of(rows, 5120, torch.bfloat16)
+    if linear.takes(x) is None:
+        pytest.skip("rows are not taken prepared here")
+    prepared = Prepared(*row_quantize(x, linear.form.dtype), x.dtype)
+    room = torch.full((3 * rows, 1536), 7.0, dtype=torch.bfloat16, device=CUDA)
+    there = linear(prepared, room[rows : 2 * rows])
+    assert there.data_ptr() == room[rows].data_ptr() and torch.equal(there, linear(prepared))
+    assert bool((room[:rows] == 7).all() and (room[2 * rows :] == 7).all())

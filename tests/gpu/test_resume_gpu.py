@@ -18,7 +18,7 @@ import torch
 from entrypoint.run_file import read_run
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from tests.tiny import PROMPTS, SMALL
+from tests.tiny import PROMPTS, SMALL, build
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,6 +28,13 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[2]
 QUEUE_SECONDS = 60  # of work that is launched at once; no run may wait for it
 PROMPT_EXIT = 10  # seconds from the signal to the end
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of its own: these tests need no conftest."""
+    return build(tmp_path_factory.mktemp("tiny") / "weights")
+
 
 # Each forward from the third on begins with a queue of products that takes a minute.
 BUSY = f"""
@@ -63,9 +70,9 @@ main()
 
 @pytest.mark.parametrize("noise_device", ["cpu", "cuda"])
 @pytest.mark.parametrize("sampler", ["lcm", "euler"])
-def test_going_on_with_either_generator(tiny_checkpoint: Path, noise_device: str, sampler: str) -> None:
+def test_going_on_with_either_generator(weights: Path, noise_device: str, sampler: str) -> None:
     request = Request(PROMPTS[1], seed=3, sampler=sampler, noise_device=noise_device, **SMALL)
-    with Pipeline.load(model=tiny_checkpoint / "distill_fp8", device="cuda:0", request=request) as pipe:
+    with Pipeline.load(model=weights / "distill_fp8", device="cuda:0", request=request) as pipe:
         stages = list(pipe.stages(request))
         whole = [copy.deepcopy(stage.point) for stage in stages if stage.point is not None]
         video = stages[-1].video
@@ -84,15 +91,14 @@ def test_going_on_with_either_generator(tiny_checkpoint: Path, noise_device: str
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_does_not_wait_for_the_queue(
-    tiny_checkpoint: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_signal_does_not_wait_for_the_queue(weights: Path, tmp_path: Path, number: signal.Signals) -> None:
     sizes = [str(part) for name, value in SMALL.items() for part in (f"--{name}", value)]
-    model = ["--model", str(tiny_checkpoint), "--device", "cuda:0", "--cache", "none", *sizes]
+    model = ["--model", str(weights), "--device", "cuda:0", "--cache", "none", *sizes]
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(
         [sys.executable, "-c", BUSY, *model, "--output", "fox.mp4", "--json"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

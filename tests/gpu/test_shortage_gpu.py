@@ -45,7 +45,9 @@ def run(pipe: Pipeline, taken: dict[str, int]) -> tuple[Stage, list[str]]:
 
     @contextmanager
     def beside() -> Iterator[VAE]:
-        with whole() as vae:  # the blocks have left
+        with whole() as vae:
+            # The blocks have left, and no leaner plan brings them back while others have their memory.
+            assert pipe.parts.stream.device_bytes == 0  # type: ignore[attr-defined]
             if not held and "decode" in taken:
                 held.append(torch.empty(taken["decode"], dtype=torch.uint8, device="cuda"))
             yield vae
@@ -74,6 +76,7 @@ def test_a_shortage_in_any_phase_gives_the_same_video() -> None:
         )
         print("\n".join(notes))
         assert any(f"in the {phase} phase" in note for note in notes)
-        assert stage.video.metadata["stepped_down"]
+        # In the decode 2.5 of 7.5 GiB are left: too little for the whole picture, enough a rung or two below.
+        assert 1 <= len(stage.video.metadata["stepped_down"]) <= (2 if phase == "decode" else 9)
         # Shorter slices round otherwise here and there, in bf16 and through the 8-bit products.
         assert difference.mean() < 2

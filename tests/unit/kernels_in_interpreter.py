@@ -183,6 +183,28 @@ def test_gelu_quantize(form: torch.dtype, dtype: torch.dtype, monkeypatch: pytes
         compare(f"gelu_quantize {width} {dtype} {form}", got, expected, rate=0.02, scale_error=eps)
 
 
+@pytest.mark.parametrize("together", [2, 4, 7])
+def test_rows_in_turn_are_the_same_bits(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch)
+    for width in (5120, 300, 16):
+        x, branch = tokens(6, width, torch.bfloat16, 1), tokens(6, width, torch.bfloat16, 2)
+        before = Residual(branch, vector(width, 5))
+        how = Modulation(vector(width, 1), vector(width, 2))
+        for form in FORMATS:
+            for alone, in_turn in (
+                (row_quantize_triton(x, form, 0, 1), row_quantize_triton(x, form, 0, together)),
+                (gelu_quantize_triton(x, form, 0, 1), gelu_quantize_triton(x, form, 0, together)),
+                tuple(
+                    (*norm_quantize_triton(ours, how, 1e-6, form, before, 0, rows), ours)
+                    for rows, ours in ((1, x.clone()), (together, x.clone()))
+                ),
+            ):
+                for one, other in zip(alone, in_turn, strict=True):
+                    assert torch.equal(one.float(), other.float())
+        once, turns = (norm_triton(x.clone(), how, 1e-6, before, 0, rows) for rows in (1, together))
+        assert torch.equal(once, turns)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gated_add(dtype: torch.dtype) -> None:
     for count, width in ((9, 5120), (1, 1000), (17, 33)):
@@ -230,6 +252,9 @@ def test_w8a8(config: Config, form: torch.dtype, monkeypatch: pytest.MonkeyPatch
             worst = roundings(got, expected)
             print(f"w8a8 {config} {form} {rows}x{depth}->{columns} {out_dtype}: {worst:.2f} roundings")
             assert got.dtype == out_dtype and got.shape == (rows, columns)
+            place = torch.full((2 * rows, columns), 7.0, dtype=out_dtype)[rows:]
+            assert w8a8.w8a8_triton(*operands, out_dtype, gelu, False, config, place) is place
+            assert torch.equal(place, got)
             assert worst <= (1.0 if out_dtype != torch.float32 else 8.0)
             if form == torch.int8 and out_dtype == torch.float32:
                 assert torch.equal(got, expected)

@@ -1,6 +1,7 @@
 """Attention backends: what is asked of each package, what a proof catches, and what is chosen."""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
@@ -55,6 +56,34 @@ def test_on_a_cpu_torchs_own_is_proven_and_chosen() -> None:
     assert backends.choose(CPU, 100, forced="auto") is choice
     q, k, v = backends.inputs(9, 5, 2, 16, torch.float32, CPU)
     assert torch.allclose(choice.run(q, k, v, 0.25), backends.math(q, k, v, 0.25), atol=1e-5)
+
+
+def test_torchs_words_about_kernels_that_cannot_run_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It warns of each kernel where none can run; a warning of somebody else's is shown as ever."""
+
+    def attention(*_: Tensor, scale: float) -> Tensor:
+        # As from C++: the frame that called is the one that is blamed.
+        warnings.warn("Memory efficient kernel not used because:", UserWarning, stacklevel=2)
+        warnings.warn("Flash attention has been runtime disabled.", UserWarning, stacklevel=2)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    def other(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        warnings.warn("a package that is no part of torch", UserWarning, stacklevel=1)
+        return backends.math(q, k, v, scale)
+
+    monkeypatch.setattr(backends, "F", SimpleNamespace(scaled_dot_product_attention=attention))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        proof = backends.prove("sdpa", CPU)
+        assert not proof.ok and "No available kernel" in proof.reason
+        assert [str(one.message) for one in seen] == []
+        monkeypatch.setattr(backends, "available", lambda *_: other)
+        assert backends.prove("sdpa", CPU).ok
+        assert {str(one.message) for one in seen} == {"a package that is no part of torch"}
+        seen.clear()
+        with pytest.raises(RuntimeError, match="No available kernel"):
+            backends.sdpa(*backends.inputs(3, 3, 1, 8, torch.float32, CPU), 1.0)
+        assert len(seen) == 2, "outside of trials nothing is silenced"
 
 
 # --- what a proof catches ---
@@ -239,7 +268,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, times: dict[str, float], wrong: tup
     monkeypatch.setattr(backends, "proofs", lambda *_: found)
     monkeypatch.setattr(backends, "inputs", lambda *_: (None, None, None))
 
-    def timed(runs: dict[str, object], repeats: int) -> list[Timing]:
+    def timed(runs: dict[str, object], repeats: int, clock: object) -> list[Timing]:
         return sorted(
             (Timing(name, times[name]) for name in runs), key=lambda timing: timing.milliseconds or 0
         )
@@ -272,14 +301,14 @@ def test_the_fastest_proven_backend_is_taken_and_falls_back_to_safer_ones(
 def test_long_videos_are_timed_by_a_part_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, TIMES)
     sizes: list[tuple[int, int]] = []
-    monkeypatch.setattr(backends, "inputs", lambda *given: sizes.append(given[:2]) or (None, None, None))
+    monkeypatch.setattr(backends, "inputs", lambda *given: sizes.append(given[:3]) or (None, None, None))
     choices = [backends.choose(GPU, tokens, keys) for tokens, keys in ((32760, None), (75600, 75600))]
-    assert choices[0] is choices[1] and sizes == [(8192, 8192)]
+    assert choices[0] is choices[1] and sizes == [(30720, 30720, 5)]
     short = [backends.choose(GPU, 3000), backends.choose(GPU, 75600, 512)]
-    assert sizes[1:] == [(3000, 3000), (8192, 512)]
+    assert sizes[1:] == [(3000, 3000, 40), (30720, 512, 5)]
     assert [choice.name for choice in short] == ["sage2", "sdpa-cudnn"]
-    nbytes = 4 * backends.TIMED_TOKENS * 5120 * 2  # q, k, v and the output
-    assert nbytes == 320 * 2**20  # one tensor of the smallest full video
+    nbytes = 4 * backends.TIMED_TOKENS * backends.timed_heads(backends.TIMED_TOKENS, 40) * 128 * 2
+    assert nbytes < 320 * 2**20  # q, k, v and the output: less than one tensor of the smallest full video
 
 
 def test_eight_bits_of_cudnn_where_they_are_fastest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,6 +73,54 @@ def test_runs_are_interleaved_after_a_warm_up() -> None:
     found = clock.interleaved(runs, 3, CPU, tick)
     assert "".join(order) == "ab" + "ababab"
     assert found["a"].values == (2.0, 4.0, 6.0) and found["b"].values == (3.0, 5.0, 7.0)
+
+
+def test_short_operations_are_timed_in_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is 2 ms busy with each run, and a host that takes 3 ms more for one alone."""
+    runs: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(runs)
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    alone = {"short": 0.005, "long": 0.2}
+    for name, seconds in alone.items():
+        monkeypatch.setattr(clock, "on_device", lambda run, device, s=seconds: (run(), s)[1])
+        runs.clear()
+        found = clock.queued(lambda: runs.append(1), torch.device("cuda"))
+        assert found == pytest.approx(0.002 if name == "short" else 0.2)
+        assert len(runs) == (2 + clock.IN_A_ROW if name == "short" else 1)
+    monkeypatch.undo()
+    runs.clear()
+    assert clock.queued(lambda: runs.append(1), CPU) > 0 and len(runs) == 1
+
+
+def test_the_card_is_watched_where_it_is_measured() -> None:
+    told = iter(range(100, 200, 10))
+
+    @contextmanager
+    def watch() -> Iterator[list[Reading]]:
+        readings: list[Reading] = []
+        yield readings
+        readings.append(Reading(next(told), 1, 1.0, 1, 0))
+
+    scene = Scene(scene_on_a_card().where, 1, watch=watch)
+    assert scene.take_readings() == []
+    for _ in range(2):
+        with scene.measuring():
+            pass
+    assert [reading.sm for reading in scene.take_readings()] == [100, 110]
+    assert scene.take_readings() == []
 
 
 def test_both_clocks_measure_the_cpu() -> None:
@@ -395,6 +443,9 @@ def test_a_profile_becomes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert judge(rest, "NVIDIA H200") == Verdict(0.13, False) and "_norm_kernel" in rest.note
     monkeypatch.setattr(forward, "kernels_of", lambda run, device: kernels[:-9])
     assert "profiled: attention" in {row.what for row in forward._profiled(made)}  # type: ignore[arg-type]
+    plainly = list(forward._profiled(made, plain(CPU)))  # type: ignore[arg-type]
+    assert all(row.what.startswith("reference, profiled: ") for row in plainly) and len(plainly) == 3
+    assert not any(row.target for row in plainly)  # goals are of the way in use
 
 
 def test_streamed_text_is_compared_with_its_bytes_over_the_bus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,6 +521,25 @@ def test_the_page_lines_up_and_says_what_was_reached() -> None:
     assert "other <= 600.00 ms reached" in warm
     assert any("1755 / 1755" in line and "power cap 100%" in line for line in lines)
     assert all("NOTE" in line or len(line) == len(line.rstrip()) for line in lines)
+
+
+def test_rows_are_shown_once_and_as_soon_as_they_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    whole = report()
+    shown = replace(whole, rows=[], gauged=[])
+    seen = []
+    for part in dict.fromkeys(row.part for row in whole.rows):
+        shown.rows += [row for row in whole.rows if row.part == part]
+        shown.show_rows()
+        seen.append(capsys.readouterr().out)
+        assert part in seen[-1] or "run " in seen[-1]
+    shown.show_rows()
+    assert capsys.readouterr().out == ""
+    shown.gauged += whole.gauged
+    shown.show()
+    seen.append(capsys.readouterr().out)
+    assert "MODEL" in seen[-1] and "one forward" not in seen[-1]
+    for once in ("one forward", "torch  "):
+        assert "".join(seen).count(once) == 1 and once in seen[0]
 
 
 def test_elsewhere_there_is_no_target() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from entrypoint import bench_runs, bench_weights, synth
 from entrypoint.bench import PARTS, read_parts
 from entrypoint.bench_weights import models, weights_of
-from runtime.bench import decode, determinism
+from runtime.bench import decode, determinism, gauge, text
 from runtime.bench.samples import Row
 from runtime.bench.scene import Scene
 from runtime.bench.sizes import Size
@@ -54,6 +55,7 @@ def test_every_part_is_measured(bench: Run, workplace: Path, tmp_path: Path) -> 
         ("run", "warm", "total"),
         ("run", "cold", "total"),
         ("run", "cold", "load"),
+        ("cold", "first decode over warm", ""),
     ):
         assert rows[key]["found"]["median"] > 0, key
     bits = [row for row in found["rows"] if row["part"] == "determinism"]
@@ -68,6 +70,62 @@ def test_every_part_is_measured(bench: Run, workplace: Path, tmp_path: Path) -> 
         assert words in done.stdout, words
     assert "the reference itself" in done.stdout  # a CPU has no faster way
     assert list(workplace.iterdir()) == []
+
+
+def test_a_part_is_shown_before_the_next_begins(
+    bench: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cut = tmp_path / "bench.json"
+
+    def last(scene: Scene, size: Size) -> Iterator[Row]:
+        print("the next part begins")
+        kept = json.loads(cut.read_text())
+        assert kept["rows"] and not kept["failed"]
+        yield scene.row("text", "resident", size)
+
+    monkeypatch.setattr(text, "measure", last)
+    done = bench("--only", "decode,text", "--json", cut)
+    assert done.exit_code == 0, done.stderr
+    shown = done.stdout
+    assert shown.index("first call") < shown.index("the next part begins") < shown.index("resident")
+    assert shown.count("first call") == 1
+
+
+def test_the_card_is_that_of_the_measurement(
+    bench: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Weights load at low power; what is shown are the forwards."""
+
+    class Loaded(gauge.Gauge):
+        depth = 0
+
+        @contextmanager
+        def during(self) -> Iterator[list[gauge.Reading]]:
+            self.depth += 1
+            readings: list[gauge.Reading] = []
+            yield readings
+            readings.append(gauge.Reading(1000 * self.depth, 1, 100.0 * self.depth, 40, 0))
+            self.depth -= 1
+
+    monkeypatch.setattr(gauge, "Gauge", Loaded)
+    done = bench("--only", "forward,decode,text", "--json", tmp_path / "bench.json")
+    assert done.exit_code == 0, done.stderr
+    cards = json.loads((tmp_path / "bench.json").read_text())["card"]
+    assert [one["part"] for one in cards] == ["forward", "decode", "text"]
+    assert all(one["card"]["watts"] == [200.0, 200.0] for one in cards)
+
+
+def test_without_warm_runs_the_cold_ones_are_compared_with_nothing(
+    bench: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = {"start": 1.0, "decode": 2.0, "other": 1.0, "total": 4.0}
+    monkeypatch.setattr(bench_runs, "_child", lambda command: phases)
+    done = bench("--only", "cold")
+    assert done.exit_code == 0 and "over warm" not in done.stdout
+    monkeypatch.setattr(bench_runs, "_once", lambda *_: {"decode": 0.5, "other": 0.5, "total": 1.0})
+    done = bench("--only", "run,cold")
+    (line,) = (line for line in done.stdout.splitlines() if "first decode over warm" in line)
+    assert "4.00" in line
 
 
 def test_json_on_stdout_is_all_that_is_there(bench: Run) -> None:

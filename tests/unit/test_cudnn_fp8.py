@@ -176,6 +176,17 @@ def test_the_passes_take_away_what_ruins_the_plain_way(length: int) -> None:
             assert eight < 0.03 and plain > 2 * eight
 
 
+def test_the_result_may_take_the_memory_of_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn_fp8, "product", in_eight_bits_throughout)
+    q, k, v = random(70)
+    expected, before = cudnn_fp8.run(q, k, v, SCALE), (k.clone(), v.clone())
+    over = cudnn_fp8.run_over(q, k, v, SCALE)
+    assert over.data_ptr() == q.data_ptr() and torch.equal(over, expected)
+    assert torch.equal(k, before[0]) and torch.equal(v, before[1])
+    q, k, v = random(30)  # no tile: torch's, in memory of its own
+    assert cudnn_fp8.run_over(q, k, v, SCALE).data_ptr() != q.data_ptr()
+
+
 def test_equal_keys_and_values_are_exact() -> None:
     q, _, _ = random(70)
     k, v = (torch.full_like(q, value) for value in (-30.0, 1.5))
@@ -295,6 +306,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[object, int]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=next(current)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(FakeGraph, "made", [])
+    monkeypatch.setattr(cudnn_fp8, "_refused", set())
     caches = (cudnn_fp8._graph, cudnn_fp8._handle, cudnn_fp8._constants, backends.available)
     for cached in caches:
         cached.cache_clear()
@@ -320,9 +332,9 @@ def test_a_graph_is_built_once_for_a_shape_and_runs_on_the_current_stream(
     assert FakeGraph.made[-1].runs == 3 and streams == [(77, 100), (77, 101), (77, 102)]
     cudnn_fp8.run(q[:, :150], k, v, SCALE)
     cudnn_fp8.run(q, k, v, 2 * SCALE)
-    assert [graph.scale for graph in FakeGraph.made[len(kinds) :]] == pytest.approx(
-        [SCALE] * len(kinds) + [2 * SCALE] * len(kinds)
-    )
+    later = FakeGraph.made[len(kinds) :]  # what was refused once is not asked for again
+    assert [graph.scale for graph in later] == pytest.approx([SCALE, 2 * SCALE])
+    assert {graph.results[0].data_type for graph in later} == {kinds[-1]}
     assert FakeGraph.made[-1].runs == 1
 
 

@@ -112,3 +112,30 @@ def test_what_answers_at_once_imports_no_torch() -> None:
     loaded = set(found.stdout.split())
     assert "runtime.profiles" in loaded
     assert not loaded & {"torch", "av", "safetensors.torch"}
+
+
+def test_tests_on_a_card_need_no_conftest() -> None:
+    """They run with --noconftest, on machines that have torch and pytest and little else."""
+    conftest = (ROOT / "tests" / "conftest.py").read_text()
+    fixtures = {
+        node.name
+        for node in ast.parse(conftest).body
+        if isinstance(node, ast.FunctionDef) and any("fixture" in ast.unparse(d) for d in node.decorator_list)
+    }
+    assert {"t2v", "tiny_checkpoint"} <= fixtures
+    for path in (ROOT / "tests" / "gpu").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = set(imported(tree))
+        assert not [name for name in names if within(name, "tests.conftest") or within(name, "hypothesis")], (
+            path
+        )
+        own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        asked = {
+            argument.arg
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and (node.name.startswith("test_") or node.decorator_list)
+            for argument in node.args.args
+        }
+        assert not (asked - own) & fixtures, (
+            f"{path.name} asks for {(asked - own) & fixtures} of tests/conftest.py"
+        )

@@ -41,6 +41,7 @@ ROW = {"WIDTH": 5120, "MAIN": 4096, "TAIL": 1024}
 WIDE = {"WIDTH": 13824, "MAIN": 8192, "TAIL": 8192}
 NORM = {"RESIDUAL": True, "GATED": True, "MODULATED": True, "QUANTIZE": True}
 VECTORS = {"gate": "*fp32", "factor": "*fp32", "addend": "*fp32"}
+OF_NORM = {"count": "i32", "eps": "fp32"}
 VIDEO = {
     "x_batch": "i64",
     "out_batch": "i64",
@@ -52,26 +53,42 @@ VIDEO = {
 CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     "row_quantize": (
         row_quantize._row_quantize_kernel,
-        {"x": "*bf16", "q": "*$", "scales": "*fp32"},
-        ROW,
+        {"x": "*bf16", "q": "*$", "scales": "*fp32", "count": "i32"},
+        {**ROW, "ROWS": 2},
         8,
     ),
     "gelu_quantize": (
         gelu_quantize._gelu_quantize_kernel,
-        {"h": "*bf16", "q": "*$", "scales": "*fp32"},
-        WIDE,
+        {"h": "*bf16", "q": "*$", "scales": "*fp32", "count": "i32"},
+        {**WIDE, "ROWS": 2},
         16,
     ),
     "norm_quantize": (
         norm_quantize._norm_kernel,
-        {"x": "*bf16", "branch": "*bf16", **VECTORS, "out": "*$", "scales": "*fp32", "eps": "fp32"},
-        {**ROW, **NORM},
+        {
+            "x": "*bf16",
+            "branch": "*bf16",
+            **VECTORS,
+            "out": "*$",
+            "scales": "*fp32",
+            "count": "i32",
+            "eps": "fp32",
+        },
+        {**ROW, **NORM, "ROWS": 4},
         8,
     ),
     "norm": (
         norm_quantize._norm_kernel,
-        {"x": "*fp16", "branch": "*fp16", **VECTORS, "out": "*fp16", "scales": "*fp16", "eps": "fp32"},
-        {**ROW, **NORM, "QUANTIZE": False, "MODULATED": False, "GATED": False, "INTEGER": False},
+        {
+            "x": "*fp16",
+            "branch": "*fp16",
+            **VECTORS,
+            "out": "*fp16",
+            "scales": "*fp16",
+            "count": "i32",
+            "eps": "fp32",
+        },
+        {**ROW, **NORM, "ROWS": 4, "QUANTIZE": False, "MODULATED": False, "GATED": False, "INTEGER": False},
         8,
     ),
     "rms_rope": (

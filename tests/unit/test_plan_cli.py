@@ -16,10 +16,13 @@ from runtime.memory.costs import CUDA_CONTEXT
 from runtime.memory.plan import Job
 from runtime.memory.planning import plan_run
 from runtime.profiles import list_profiles, load_manifest, load_profile
+from runtime.tuning import open_store
+from runtime.tuning_file import Attention, Entry, today
 from tests.fake_plans import GIB, computer
 
 ROOT = Path(__file__).resolve().parents[2]
 FP8 = load_manifest("wan2.1-t2v-14b-4step-fp8")
+TIMES = {"cudnn-fp8": 3.4, "sdpa": 4.8}
 
 
 def run(*arguments: str) -> Result:
@@ -109,6 +112,28 @@ def test_auto_takes_the_card_that_is_here_and_says_why(monkeypatch: pytest.Monke
     assert "profile rtx4070 (its own)" in shown and "not in this machine" not in shown
     named = report("--profile", "rtx4060", "--ram", "16")  # a ceiling on the larger card
     assert named["budget"]["vram"] == 8 * GIB - CUDA_CONTEXT and named["profile_reason"] is None
+
+
+def test_the_attention_that_won_on_this_card_is_planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = Gpu(0, "NVIDIA H100", "GPU-7", 80 * GIB, 79 * GIB, (9, 0), "580.1")
+    monkeypatch.setattr("runtime.device.inventory", lambda: Inventory((gpu,), (13, 0)))
+    monkeypatch.setattr("runtime.device.torch_cuda", lambda: (13, 0))
+    here = ("--ram", "64", "--cache", str(tmp_path))
+    before = report(*here)
+    assert before["placement"]["attention"] == "16 bits"
+    entries = tuple(Entry(name=name, ok=True, distance=0.01, ms=ms) for name, ms in TIMES.items())
+    size = {"tokens": 30720, "keys": 30720, "heads": 40, "head_dim": 128, "dtype": "bfloat16"}
+    store = open_store(tmp_path, "cuda:0")
+    store.keep_attention(Attention(**size, date=today(), won="cudnn-fp8", entries=entries))
+    found = report(*here)
+    assert found["placement"]["attention"] == "cudnn-fp8"
+    assert found["predicted"]["vram"]["denoise"] > before["predicted"]["vram"]["denoise"]
+    assert found["predicted"]["seconds"]["denoise"] < before["predicted"]["seconds"]["denoise"]
+    assert "cudnn-fp8, in 8 bits" in run(*here).stdout
+    store.avoid("cudnn-fp8", "it was wrong")
+    assert report(*here)["placement"]["attention"] == "16 bits"
 
 
 def test_a_gpu_that_is_asked_for_must_be_here() -> None:

@@ -1,5 +1,6 @@
 """What a start does behind what it waits for: blocks that stay come while other things are done."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,19 @@ def test_a_fault_in_a_block_is_told_at_its_turn(
         result = small("--output", "fox.mp4")
     assert result.exit_code == 3 and "error: block_1.safetensors ends early." in result.stderr
     assert [path.name for path in workplace.iterdir()] == ["fox.run.safetensors"]
+
+
+@pytest.mark.parametrize("elsewhere", ["/packages", None])
+def test_what_measures_a_start_keeps_where_packages_are(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: str | None
+) -> None:
+    from tests.gpu import measure_start
+
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    if elsewhere is not None:
+        monkeypatch.setenv("PYTHONPATH", elsewhere)
+    paths = measure_start.environment()["PYTHONPATH"].split(os.pathsep)
+    assert paths == [str(measure_start.ROOT), *filter(None, [elsewhere])]
 
 
 def test_a_start_that_runs_out_of_memory_begins_anew(

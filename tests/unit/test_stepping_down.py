@@ -109,6 +109,42 @@ def test_a_decode_begins_again_with_smaller_tiles(
     assert int(np.abs(video.frames.astype(int) - whole.frames.astype(int)).max()) <= most
 
 
+def test_a_decode_steps_down_rung_by_rung_while_the_blocks_are_gone(
+    load: Callable[[], Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something else has the memory that the blocks had: no plan brings them back before the next run."""
+    import runtime.frames
+
+    request = Request(prompt=tiny.PROMPTS[0], height=64, width=96, frames=5)  # of two rungs
+    whole = [*load().stages(request)][-1].video
+    pipe, attempts = load(), list[tuple[str, int]]()
+    decode_pieces, stream = runtime.frames.decode_pieces, pipe.parts.stream  # type: ignore[attr-defined]
+    allocate = stream._feeder.lane.allocate
+
+    def allocated(nbytes: int) -> Any:
+        if len(attempts) in (2, 3):
+            raise exhausted()
+        return allocate(nbytes)
+
+    def short(vae: Any, latents: Any, rung: Any) -> Iterator[Any]:
+        attempts.append((rung.name, stream.device_bytes))
+        if len(attempts) <= 3:
+            raise exhausted()
+        yield from decode_pieces(vae, latents, rung)
+
+    monkeypatch.setattr(stream._feeder.lane, "allocate", allocated)
+    monkeypatch.setattr(runtime.frames, "decode_pieces", short)
+    video = [*pipe.stages(request)][-1].video
+    names, held = zip(*attempts, strict=True)
+    assert video is not None and whole is not None and len(video.metadata["stepped_down"]) == 3
+    assert held[0] > 0 and set(held[1:]) == {0}
+    assert names[:3] == ("whole",) * 3 and names[3] != "whole", "no step is passed over"
+    assert int(np.abs(video.frames.astype(int) - whole.frames.astype(int)).max()) <= 1
+    again = [*pipe.stages(request)][-1].video  # the blocks come back
+    assert again is not None and stream.device_bytes == 0
+    assert (again.frames == video.frames).all()
+
+
 def test_a_leaner_plan_that_does_not_fit_either_is_passed_over(
     load: Callable[[], Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:

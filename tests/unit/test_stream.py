@@ -507,6 +507,38 @@ def test_an_allocation_that_fails_leaves_nothing_and_a_leaner_placement_works(
         assert distance(run(model), expected) == 0
 
 
+def test_what_is_parked_stays_so_until_the_next_pass(
+    fp8: Checkpoint, expected: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode that runs out of memory takes plan after plan while the blocks are gone."""
+    with streamed(fp8, Placed((0, 1), (2,), 1)) as (model, stream):
+        assert distance(run(model), expected) == 0
+        stream.park()
+        with monkeypatch.context() as patch:
+
+            def none_left(nbytes: int) -> tuple[Tensor, Any]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+            patch.setattr(stream._feeder.lane, "allocate", none_left)
+            for placement in (Placed((0, 1), (2,), 1), Placed((1,), (), 2), Placed((0,), (1,), 1)):
+                stream.resize(placement.resident, placement.cached, placement.slots)
+                assert stream.device_bytes == 0
+            with pytest.raises(torch.OutOfMemoryError):
+                run(model)  # only now
+            assert stream.device_bytes == 0
+        size = stream._stored[0].nbytes
+        assert stream.cache_bytes == size, "block 1's, and no longer that of block 2"
+        for _ in range(2):
+            assert distance(run(model), expected) == 0
+        assert stream.device_bytes == 2 * size  # the last placement's
+        with pytest.raises(ValueError, match="expected at least one"):
+            stream.park()
+            stream.resize((), (), 0)
+        stream.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            stream.resize((), (), 1)
+
+
 def test_an_error_in_a_block_keeps_no_buffer(fp8: Checkpoint, expected: Tensor) -> None:
     """The error is still held when a leaner placement is made: what it frees must be free."""
     with streamed(fp8, Placed((1,), (), 2)) as (model, stream):

@@ -205,6 +205,42 @@ def test_json(t2v: Run, card: dict[str, Any], tmp_path: Path) -> None:
     assert Path(result["path"]).is_file() and result["seconds"] > 0
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_part_ends_whole_though_not_all_of_it_is_timed(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Backends that are far behind are looked at once, those that break not at all."""
+    times = {"sdpa": 1.0, "sdpa-flash": 9.0, "sdpa-efficient": 1.0}
+    names = [*times][:count]
+    runs = {name: lambda *given: backends.sdpa(*given) for name in names}
+    monkeypatch.setattr(backends, "available", lambda name, _: runs.get(name))
+
+    def milliseconds(run: Any, calls: int = 1) -> float:
+        name = next(name for name in names if runs[name] is run.func)
+        if name == "sdpa-efficient":
+            raise RuntimeError("too much shared memory")
+        run()
+        return times[name]
+
+    monkeypatch.setattr(tuner.tune, "milliseconds", milliseconds)
+    shares: list[float] = []
+    proofs = [Proof(name, name in names, 0.001) for name in BACKENDS]
+    found = tuner.attention(CPU, tuner.Size(70, 70, 2, 64), torch.bfloat16, proofs, shares.append)
+    timed = {one.name for one in found.entries if one.ms is not None}
+    assert timed == {*names} - {"sdpa-efficient"}
+    assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_a_product_ends_whole_though_not_all_of_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    monkeypatch.setattr(tuner.tune, "tune_w8a8", lambda *_, **__: [])
+    times = iter([1.0, *[9.0] * 50])  # the first is the best, the others are dropped after one look
+    monkeypatch.setattr(tuner.tune, "milliseconds", lambda run, calls=1: next(times))
+    shares: list[float] = []
+    right = ("rowwise", "unscaled", "fused", "dequantized")
+    made = tuner.product(CPU, "fp8", 32, 64, 40, right, shares.append)
+    assert len([way for way in made.ways if way.ms is not None]) >= 2
+    assert 0.7 in shares and shares == sorted(shares) and shares[-1] == 1.0
+
+
 def test_what_is_wrong_at_the_full_length_is_not_used(t2v: Run, card: dict[str, Any], tmp_path: Path) -> None:
     card["wrong"].add("sage2")
     done = t2v("tune", "--model", "demo", *SIZE, "--cache", tmp_path)

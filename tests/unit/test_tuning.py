@@ -36,7 +36,7 @@ SETTING = Setting(
     cuda="12.8",
     packages={"torch": "2.8.0", "triton": "3.4.0", "fourstep": "0.1.0"},
 )
-SIZE: dict[str, Any] = {"tokens": 8192, "keys": 8192, "heads": 40, "head_dim": 128, "dtype": "bfloat16"}
+SIZE: dict[str, Any] = {"tokens": 30720, "keys": 30720, "heads": 40, "head_dim": 128, "dtype": "bfloat16"}
 FOUND = Attention(
     **SIZE,
     date="2026-11-22",
@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "another format": (lambda whole: whole.replace(b"t2v-tuning", b"t2v-testing"), "entry format"),
     "another schema": (lambda whole: whole.replace(b'"schema": 1', b'"schema": 2'), "entry schema"),
     "a strange key": (lambda whole: whole.replace(b'"of"', b'"more": 1, "of"'), "entry more"),
-    "a wrong type": (lambda whole: whole.replace(b'"tokens": 8192', b'"tokens": "8192"'), "tokens"),
+    "a wrong type": (lambda whole: whole.replace(b'"tokens": 30720', b'"tokens": "30720"'), "tokens"),
     "no number": (lambda whole: whole.replace(b'"ms": 3.0', b'"ms": NaN'), "ms"),
     "below zero": (lambda whole: whole.replace(b'"ms": 3.0', b'"ms": -3.0'), "ms"),
     "deep": (b"[" * 100_000, "no JSON"),
@@ -360,7 +360,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         ok = name in here["times"] and name not in here["wrong"]
         return Proof(name, ok, 0.01, "" if ok else "is wrong here")
 
-    def timed(runs: dict[str, object], repeats: int) -> list[Timing]:
+    def timed(runs: dict[str, object], repeats: int, clock: object) -> list[Timing]:
         here["timed"].append(sorted(runs))
         return sorted(
             (Timing(name, here["times"][name]) for name in runs), key=lambda one: one.milliseconds or 0
@@ -399,7 +399,7 @@ def test_what_is_known_is_only_proven_again(card: dict[str, Any], tmp_path: Path
         == backends.rungs(first, GPU)
         == ["sage2", "sage2-fp16", "sdpa-cudnn", "sdpa-math"]
     )
-    assert choose_attention(store, GPU, 75600).name == "sage2" and len(card["timed"]) == 1, "timed at 8192"
+    assert choose_attention(store, GPU, 75600).name == "sage2" and len(card["timed"]) == 1, "timed at 30,720"
     choose_attention(store, GPU, 3000)
     choose_attention(store, GPU, 32760, heads=12)
     choose_attention(store, GPU, 32760, dtype=torch.float16)
@@ -412,8 +412,8 @@ def test_the_length_that_was_measured_itself_counts_most(card: dict[str, Any], t
     other = [Entry(name=name, ok=True, ms=ms) for name, ms in (("sage2-fp16", 20.0), ("sage2", 30.0))]
     store.keep_attention(FOUND.model_copy(update={"tokens": 32760, "keys": 32760, "entries": tuple(other)}))
     assert choose_attention(store, GPU, 32760).name == "sage2-fp16"
-    assert choose_attention(store, GPU, 8192).name == "sage2"
-    assert choose_attention(store, GPU, 9000).name == "sage2"
+    assert choose_attention(store, GPU, 30720).name == "sage2"
+    assert choose_attention(store, GPU, 31000).name == "sage2"
     assert choose_attention(store, GPU, 75600).name == "sage2-fp16" and not card["timed"]
 
 
@@ -468,7 +468,7 @@ def test_sixteen_bits_where_there_is_no_memory_for_eight(card: dict[str, Any], t
 def test_cross_attention_is_remembered_by_itself(card: dict[str, Any], tmp_path: Path) -> None:
     store = Store(tmp_path, SETTING)
     assert choose_attention(store, GPU, 32760, 512).name == "sdpa-cudnn"
-    assert [(one.tokens, one.keys) for one in store.content.attention] == [(8192, 512)]
+    assert [(one.tokens, one.keys) for one in store.content.attention] == [(30720, 512)]
     assert choose_attention(store, GPU, 75600, 512).name == "sdpa-cudnn" and len(card["timed"]) == 1
     assert choose_attention(store, GPU, 75600, 226).name == "sdpa-cudnn" and len(card["timed"]) == 2
 

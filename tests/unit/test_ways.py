@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import runtime.denoising
 import runtime.transformer
 from runtime.errors import OutputCheckError, RequestError
-from runtime.guard import Fault
+from runtime.guard import Fault, judge
 from runtime.kernels import launch
 from runtime.layers.backends import BACKENDS, Backend, sdpa
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.stages import Stage
+from runtime.tuning import Store
 from runtime.video import Video, read_metadata
 from runtime.ways import FORMULA, FUSED, FUSED_KERNELS, PLAIN, Ways, choose_ways
 from tests import tiny
@@ -77,6 +80,9 @@ class Remembering:
 
     def avoid(self, name: str, reason: str) -> None:
         self.names[name] = reason
+
+    def take_notes(self) -> tuple[str, ...]:
+        return ()
 
 
 @pytest.fixture
@@ -209,6 +215,59 @@ def test_undisturbed_runs_fall_back_nowhere(load: Callable[..., Pipeline], usual
     other = Request(prompt=tiny.PROMPTS[1], height=64, width=32, frames=9, sampler="euler", steps=4)
     outcome(pipe, other)
     assert not pipe.ways.fell_back
+
+
+@pytest.mark.parametrize("short", [1, 2])
+def test_a_guided_step_that_runs_out_of_memory_is_sampled_whole(
+    load: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    """In the middle of its first or second forward: samples of what was left half way do not count."""
+    request = replace(REQUEST, guidance=3.0, negative_prompt="blurred")
+    pipe, forwards, told = load(fused=True), itertools.count(1), list[int]()
+    sampling = pipe.manifest.sampling.model_copy(update={"distilled": False})
+    monkeypatch.setattr(pipe, "manifest", pipe.manifest.model_copy(update={"sampling": sampling}))
+    usual, _ = outcome(pipe, request)
+    block, velocity = runtime.transformer.Block.forward, runtime.transformer.Transformer.velocity
+    forward = 0
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal forward
+        forward = next(forwards)
+        return velocity(*args)
+
+    def failing(this: Any, *args: Any) -> Tensor:
+        if forward == short and this is pipe.parts.transformer.blocks[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return block(this, *args)
+
+    def judged(numbers: Any, envelope: Any, attention: Any, a: float, kernels: Any, k: float) -> Fault | None:
+        told.append(len(attention))
+        return judge(numbers, envelope, attention, a, kernels, k)
+
+    monkeypatch.setattr(runtime.transformer.Transformer, "velocity", counted)
+    monkeypatch.setattr(runtime.transformer.Block, "forward", failing)
+    monkeypatch.setattr(pipe.fitting, "step_down", lambda *_: None)
+    monkeypatch.setattr(runtime.denoising, "judge", judged)
+    video, notes = outcome(pipe, request)
+    assert np.array_equal(video.frames, usual.frames) and not notes
+    assert next(forwards) == 2 * STEPS + short + 1 and told == [2 * BLOCKS] * STEPS
+
+
+def test_what_the_memory_has_to_say_is_told_when_it_says_it(
+    load: Callable[..., Pipeline], add_backend: Callable[..., str], tmp_path: Path
+) -> None:
+    """It learns of a bad backend in the middle of a run, and cannot write that down."""
+    spoiler = Spoiler("half", first=BLOCKS)
+    name = add_backend(spoiler)
+    pipe = load(name)
+    (tmp_path / "cache").write_text("a file in the place of the directory")
+    pipe.ways._memory = store = Store(tmp_path / "cache")
+    spoiler.armed = True
+    stages = [*pipe.stages(REQUEST)]
+    told = [(stage.phase, stage.step, note) for stage in stages for note in stage.notes]
+    assert {(phase, step) for phase, step, _ in told} == {("denoise", 2)}
+    assert "repeated with attention sdpa" in told[0][2] and "cannot be written" in told[-1][2]
+    assert store.avoided() == {name} and not pipe.ways.take_notes()
 
 
 def test_wrong_weights_go_all_the_way_down_and_nothing_is_remembered(
