@@ -29,7 +29,9 @@ from runtime.kernels.launch import fused, jit, on, row_parts, row_vector, rows_o
 from runtime.kernels.row_quantize import row_quantize_torch
 from runtime.kernels.rows import absmax_bits, quantized, row_scale
 
-ROWS = 1  # of a program
+ROWS = 4
+"""Of a program; with half the warps of a lone row: 0.42 against 0.53 ms for a gated residual of 32,760 rows
+of 5,120 on the H200."""
 
 
 class Modulation(NamedTuple):
@@ -159,7 +161,7 @@ def _launch(
             MODULATED=modulated,
             QUANTIZE=row_scales is not None,
             INTEGER=out.dtype == torch.int8,
-            num_warps=warps or warps_for(width),
+            num_warps=warps or max(warps_for(width) // 2, 1),
             enable_fp_fusion=False,
         )
 

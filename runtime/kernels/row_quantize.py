@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.kernels.launch import FLOOR, QMAX, fused, jit, on, row_parts, rows_of, tl, warps_for
 from runtime.kernels.rows import absmax_bits, quantized, row_scale
 
-ROWS = 1  # of a program
+ROWS = 4  # of a program: 0.178 against 0.186 ms for 32,760 rows of 5,120 on the H200
 
 
 def row_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
