@@ -3,7 +3,6 @@
 Nothing here waits for the device: distances are kept on it and read with the numbers of the step.
 """
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from runtime.kernels.launch import twins
 from runtime.layers.attention import Attend
 from runtime.layers.backends import BOUNDS
-from runtime.linear.int8 import Int8Linear
-from runtime.linear.module import QuantizedLinear, forced_way
+from runtime.linear.module import QuantizedLinear
 from runtime.transformer import Block, Transformer
 
 SAMPLED_ROWS, SAMPLED_HEADS = 8, 2
@@ -245,7 +243,7 @@ class KernelSample:
         usual = block.self_attn.mix
         block.self_attn.mix = mix
         try:
-            with _slowly(block.self_attn.q, mixed):
+            with twins():
                 expected = block.forward(*self._inputs)  # (B, R, D)
         finally:
             block.self_attn.mix = usual
@@ -275,12 +273,3 @@ class KernelSample:
         with twins():
             expected = self._head.forward(inputs.flatten(0, 1), time)
         return [_against(results.flatten(0, 1), expected)]
-
-
-def _slowly(linear: nn.Module, rows: Tensor) -> AbstractContextManager[Any]:
-    """By the twins; but for the fused product of integers, whose twin would hold whole weights in fp32."""
-    stack = ExitStack()
-    stack.enter_context(twins())
-    by_kernel = rows.is_cuda and isinstance(linear, Int8Linear) and linear.way(rows) == "fused"
-    stack.enter_context(forced_way("integer") if by_kernel else nullcontext())
-    return stack

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.configs import chosen
-from runtime.kernels.launch import LOWEST, capability, trouble
+from runtime.kernels.launch import LOWEST, capability, fused, trouble
 from runtime.kernels.row_quantize import row_quantize
 from runtime.kernels.w8a8 import w8a8, w8a8_triton
 from runtime.linear.module import QuantizedLinear, first_working, forced, pad_rows, rescale
@@ -64,7 +64,9 @@ class Int8Linear(QuantizedLinear):
             return "dequantized"
         way = _device_way(rows.device)
         whole_tiles = self.in_features % _TILE == 0 and self.out_features % _TILE == 0
-        return "integer" if way == "fused" and not whole_tiles else way
+        # Where kernels are not wanted now: the fused product's own twin holds whole weights in fp32.
+        usable = whole_tiles and fused(rows, torch.int8)
+        return "integer" if way == "fused" and not usable else way
 
     def _reference(self, q: Tensor, scale: Tensor) -> Tensor:
         return rescale(exact_product(q, self.weight), scale, self.weight_scale, self.bias)
@@ -105,7 +107,7 @@ def _device_way(device: torch.device) -> str:
 def _try_fused(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(300, 512, generator=generator).bfloat16().to(device)
-    # Not `fused`, which also says whether kernels are wanted now: the answer here is for the whole process.
+    # Not `fused`, which also says whether kernels are wanted now: this answer is for the whole process.
     if capability(device) < LOWEST[torch.int8] or trouble(device) is not None:
         return False
     weight = torch.randint(-128, 128, (384, 512), generator=generator, dtype=torch.int8).to(device)

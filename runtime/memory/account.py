@@ -273,7 +273,9 @@ def times(inputs: Inputs, choice: Choice) -> tuple[int, dict[str, Estimate]]:
     seconds["denoise"] = denoise_time(inputs, choice)
     slowdown = decode_slowdown(inputs, choice.rung)
     seconds["decode"] = Estimate(costs.decode_seconds(sizes, job.video, speeds, slowdown), "compute")
-    seconds["mp4"] = Estimate(costs.MP4_SECONDS * job.video.pixels, "compute")
+    encoding = costs.MP4_SECONDS * job.video.pixels  # most of it beside the decode
+    left = max(costs.MP4_LEFT * encoding, encoding - seconds["decode"].seconds)
+    seconds["mp4"] = Estimate(left, "compute")
     return disk, seconds
 
 

@@ -13,6 +13,7 @@ computes. The same bytes reach the same kernels wherever a block lives, so the r
 bit.
 """
 
+import os
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ from runtime.memory.stored import PieceReader, StoredBlock, matrix_modules, stor
 from runtime.memory.trace import Trace
 from runtime.memory.visits import Home
 
-READERS = 3
-"""Threads that read: enough for a disk's queue and for copying from RAM as fast as the bus takes it."""
+READERS = min(8, max(3, (os.cpu_count() or 1) // 2))
+"""Threads that read: enough for a disk's queue, and for copying from RAM as fast as the bus takes it. Three
+copied 18 GB/s on the H200's host, whose bus takes 55."""
 
 OnBytes = Callable[[int], None]
 

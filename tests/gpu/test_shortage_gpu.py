@@ -78,5 +78,5 @@ def test_a_shortage_in_any_phase_gives_the_same_video() -> None:
         assert any(f"in the {phase} phase" in note for note in notes)
         # In the decode 2.5 of 7.5 GiB are left: too little for the whole picture, enough a rung or two below.
         assert 1 <= len(stage.video.metadata["stepped_down"]) <= (2 if phase == "decode" else 9)
-        # Shorter slices round otherwise here and there, in bf16 and through the 8-bit products.
-        assert difference.mean() < 2
+        # Shorter slices round otherwise, and attention in 16 bits instead of 8 still more.
+        assert difference.mean() < 4
