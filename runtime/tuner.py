@@ -18,7 +18,7 @@ from torch import Tensor
 from runtime.kernels import launch, tune
 from runtime.kernels.configs import Config, candidates
 from runtime.kernels.row_quantize import row_quantize_torch
-from runtime.kernels.tune import Run, Timing
+from runtime.kernels.tune import Run, Timing, picked
 from runtime.kernels.w8a8 import w8a8_torch, w8a8_triton
 from runtime.layers import backends
 from runtime.layers.backends import BOUNDS, LAST_RESORT, Proof
@@ -229,7 +229,7 @@ def _ways(
     bias = torch.randn(columns, device=device, generator=g)
     half = bias.bfloat16()
     some = torch.arange(0, rows, max(rows // SAMPLE, 1), device=device)
-    exact = w8a8_torch(q[some], w, s_a[some], s_w, bias, torch.float32)
+    exact = w8a8_torch(picked(q, some), w, s_a[some], s_w, bias, torch.float32)
 
     def fused(fast: bool) -> Tensor:
         assert config is not None

@@ -69,12 +69,13 @@ def _gelu_quantize_kernel(
     beyond = MAIN + tl.arange(0, TAIL if TAIL else 16)
     next_a = tl.load(h + places)
     next_b = tl.load(h + beyond, mask=beyond < WIDTH, other=0.0) if TAIL else next_a
-    for step in range(ROWS):
+    end = tl.minimum(row + ROWS, count)
+    for _ in range(ROWS):
         a = gelu(next_a.to(tl.float32)).to(ROUND).to(tl.float32)
         b = gelu(next_b.to(tl.float32)).to(ROUND).to(tl.float32) if TAIL else a
         h += WIDTH
         if ROWS > 1:  # the next row is on its way while this one is computed
-            more = (step + 1 < ROWS) & (row + 1 < count)
+            more = row + 1 < end
             next_a = tl.load(h + places, mask=(places < WIDTH) & more, other=0.0)
             next_b = tl.load(h + beyond, mask=(beyond < WIDTH) & more, other=0.0) if TAIL else next_a
         store_row(a, b, q, scales + row, places, beyond, row < count, WIDTH, TAIL, INTEGER)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.kernels.launch import fused, jit, on, row_parts, row_vector, rows_of, tl, warps_for
-from runtime.kernels.row_quantize import row_quantize_torch
+from runtime.kernels.row_quantize import room_for_scales, row_quantize_torch
 from runtime.kernels.rows import absmax_bits, quantized, row_scale
 
 ROWS = 4
@@ -115,7 +115,7 @@ def norm_quantize_triton(
 ) -> tuple[Tensor, Tensor]:
     """The kernel; `warps` and `rows` of a program 0: the numbers that suit D."""
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
-    row_scales = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    row_scales = room_for_scales(x, rows or ROWS)
     _launch(x, scaling, eps, residual, q, row_scales, warps, rows)
     return q, row_scales
 
@@ -232,7 +232,8 @@ def _norm_kernel(
         within = beyond < WIDTH
         gate_b, multiplier_b, plus_b = _vectors(gate, factor, addend, beyond, within, GATED, MODULATED)
         value_b, added_b = _fetched(x, branch, beyond, within, RESIDUAL)
-    for step in range(ROWS):
+    end = tl.minimum(row + ROWS, count)
+    for _ in range(ROWS):
         there = row < count
         inside_a = whole & there
         a = _taken(value_a, added_a, gate_a, x, places, inside_a, RESIDUAL, GATED)
@@ -244,7 +245,7 @@ def _norm_kernel(
         x += WIDTH
         branch += WIDTH
         if ROWS > 1:  # the next row is on its way while this one is summed, and summed again
-            more = (step + 1 < ROWS) & (row + 1 < count)
+            more = row + 1 < end
             value_a, added_a = _fetched(x, branch, places, whole & more, RESIDUAL)
             if TAIL:
                 value_b, added_b = _fetched(x, branch, beyond, within & more, RESIDUAL)
@@ -263,7 +264,7 @@ def _norm_kernel(
             if TAIL:
                 bits = tl.maximum(bits, absmax_bits(b))
             scale, reciprocal, stored = row_scale(bits, INTEGER)
-            tl.store(scales + row, stored, mask=there)
+            tl.store(scales + row, stored)
             tl.store(out + places, quantized(a, scale, reciprocal, INTEGER), mask=inside_a)
             if TAIL:
                 tl.store(out + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside_b)

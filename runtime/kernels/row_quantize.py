@@ -71,7 +71,7 @@ def launch_rows(
     rows = rows_of(x)
     count, width = rows.shape
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    scale = room_for_scales(x, together)
     main, tail = row_parts(width)
     if count:
         with on(x):
@@ -89,6 +89,16 @@ def launch_rows(
                 enable_fp_fusion=fuse,
             )
     return q, scale
+
+
+def room_for_scales(x: Tensor, together: int) -> Tensor:
+    """(..., 1) fp32 for the rows of x (..., K), with room behind it for the rows that the last program lacks.
+
+    So a scale is stored without asking: older interpreters of Triton do not look at the mask of one number.
+    """
+    rows = x.numel() // x.shape[-1]
+    room = torch.empty(-(-rows // together) * together, dtype=torch.float32, device=x.device)
+    return room[:rows].view(*x.shape[:-1], 1)
 
 
 @jit
@@ -110,12 +120,13 @@ def _row_quantize_kernel(
     beyond = MAIN + tl.arange(0, TAIL if TAIL else 16)
     next_a = tl.load(x + places)
     next_b = tl.load(x + beyond, mask=beyond < WIDTH, other=0.0) if TAIL else next_a
-    for step in range(ROWS):
+    end = tl.minimum(row + ROWS, count)
+    for _ in range(ROWS):
         a = next_a.to(tl.float32)
         b = next_b.to(tl.float32)
         x += WIDTH
         if ROWS > 1:  # the next row is on its way while this one is looked through
-            more = (step + 1 < ROWS) & (row + 1 < count)
+            more = row + 1 < end
             next_a = tl.load(x + places, mask=(places < WIDTH) & more, other=0.0)
             next_b = tl.load(x + beyond, mask=(beyond < WIDTH) & more, other=0.0) if TAIL else next_a
         store_row(a, b, q, scales + row, places, beyond, row < count, WIDTH, TAIL, INTEGER)
@@ -136,12 +147,12 @@ def store_row(
     TAIL: tl.constexpr,
     INTEGER: tl.constexpr,
 ):
-    """Quantize a row in two parts, fp32, and store it with its scale where it is `there`; no TAIL, no b."""
+    """Quantize a row in two parts, fp32; stored where it is `there`, its scale anyhow. No TAIL, no b."""
     bits = absmax_bits(a)
     if TAIL:
         bits = tl.maximum(bits, absmax_bits(b))
     scale, reciprocal, stored = row_scale(bits, INTEGER)
-    tl.store(place, stored, mask=there)
+    tl.store(place, stored)
     tl.store(q + places, quantized(a, scale, reciprocal, INTEGER), mask=(places < WIDTH) & there)
     if TAIL:
         tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=(beyond < WIDTH) & there)

@@ -95,7 +95,7 @@ def tune_w8a8(
     )
     bias = torch.randn(columns, device=device, generator=generator)
     some = torch.arange(0, rows, max(rows // 61, 1), device=device)
-    expected = w8a8.w8a8_torch(q[some], w, s_a[some], s_w, bias, torch.float32)
+    expected = w8a8.w8a8_torch(picked(q, some), w, s_a[some], s_w, bias, torch.float32)
 
     def run(config: Config) -> Tensor:
         return w8a8.w8a8_triton(q, w, s_a, s_w, bias, torch.bfloat16, False, fast, config)
@@ -117,6 +117,11 @@ def tune_w8a8(
     by_name = {str(config): config for config in found}
     timings = time_candidates({name: checked(config) for name, config in by_name.items()}, clock=clock)
     return [(by_name[timing.name], timing) for timing in timings]
+
+
+def picked(q: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a tensor of 8-bit numbers; as bytes, since older torch cannot index fp8."""
+    return q.view(torch.uint8)[rows].view(q.dtype)
 
 
 def _random(shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
