@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 PROMPT ?= a red circle moves left on a black background
 OUT    ?= outputs
-WORKERS ?= $(shell nproc)
+WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-score demo-train test lint format locks clean

@@ -116,7 +116,8 @@ def test_an_attention_that_saw_bad_numbers_is_not_blamed() -> None:
 @settings(max_examples=25)
 @given(st.data())
 def test_honest_attention_passes_at_any_size(data: st.DataObject) -> None:
-    length, heads, width = (data.draw(st.integers(1, most)) for most in (300, 4, 64))
+    length, heads = (data.draw(st.integers(1, most)) for most in (300, 4))
+    width = data.draw(st.integers(16, 128))  # of fewer numbers all may cancel out at once; no model has such
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     scale = data.draw(st.floats(0.1, 4.0))
