@@ -1,6 +1,7 @@
 """What GPUs compute in eight bits, in plain torch on any machine: to see what it does to a video.
 
-    attention   SageAttention 2 and cuDNN's FP8, their rounding and their sums, as far as either says them
+    attention   SageAttention 2, cuDNN's FP8 and our own for Hopper: their rounding, and Sage's sums; cuDNN's
+                keep 14 bits on Hopper, which few keys do not show (`backends.one_sided`)
     products    the sums of FP8 tensor cores, which keep 14 bits
 
 They round where the kernels round; they are not the kernels, whose numbers only a card tells
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from runtime.kernels.attention_quantize import quantize_by_sample, slots
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, cudnn_fp8
 from runtime.linear import Fp8Linear
@@ -91,6 +93,20 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return cudnn_fp8.through(in_e4m3, q.bfloat16(), k.bfloat16(), v.bfloat16(), scale).to(q.dtype)
 
 
+def hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Our FP8 attention for Hopper; shapes as for `sage`."""
+    outs = []
+    for one in zip(*(x.bfloat16().split(1) for x in (q, k, v)), strict=True):
+        given = quantize_by_sample(*one)
+        heads, head_dim = q.shape[2:]
+        v8 = torch.empty_like(given.v.view(heads, head_dim, -1).movedim(2, 0))  # (S', H, D)
+        v8[slots(len(v8), q.device)] = given.v.view(heads, head_dim, -1).movedim(2, 0)
+        each = given.descale.view(-1, 1, 1)
+        out = cudnn_product(given.q, given.k, v8[None, : k.shape[1]], each, scale, torch.float32)
+        outs.append((out * given.factor + given.center).bfloat16())
+    return torch.cat(outs).to(q.dtype)
+
+
 def one_scale_each(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """FP8 attention without care: each tensor by its largest entry. Only to see what care is worth."""
     scales = [x.float().abs().amax() / E4M3_TOP for x in (q, k, v)]
@@ -103,6 +119,7 @@ TWINS: dict[str, Run] = {
     "sage2": partial(sage, values="fp8, fp16 sums"),
     "sage2-fp32": partial(sage, values="fp8"),
     "sage2-fp16": partial(sage, values="fp16"),
+    "hopper-fp8": hopper,
     "cudnn-fp8": cudnn,
     "sdpa": backends.sdpa,
     "sdpa-math": backends.math,

@@ -224,7 +224,7 @@ def _begin(asked: Asked, place: str, path: Path | None) -> "Report":
 
     from entrypoint.version import facts
     from runtime.bench.machine import card_name, describe
-    from runtime.ways import check_name
+    from runtime.layers.backends import check_name
 
     check_name(asked.attention)
     program = facts()

@@ -172,7 +172,7 @@ attention_option = option(
     *(MODEL, "--attention", "auto|NAME", "The attention to begin with; `t2v doctor` lists what works here."),
     default="auto",
 )
-"""As `attention`, checked where the backends are known (`runtime.ways.check_name`)."""
+"""As `attention`, checked where the backends are known (`runtime.layers.backends.check_name`)."""
 
 cache_option = option(
     *(MODEL, "--cache", "DIR|none", "Where text states and measurements are kept for the next run."),

@@ -62,7 +62,7 @@ class Denoising:
 
     def _prepare(self) -> None:
         """Conditions and attention by the way in use; anew after each change, as they may have been wrong."""
-        self._keep_to_plan()
+        self._ways.keep_to(self._fitting.plan)
         self._ways.use_in(self._parts.transformer)
         left = self._request.steps - self._done
         # Of all steps, also those that are done: a product of other height rounds its rows differently.
@@ -112,14 +112,10 @@ class Denoising:
         transformer = self._parts.transformer
 
         def run() -> Tensor:
-            if self._keep_to_plan():  # a leaner one than that of the step's begin
+            if self._ways.keep_to(self._fitting.plan):  # a leaner one than that of the step's begin
                 self._ways.use_in(transformer)
             self._ways.begin(self._done)  # anew after a shortage of memory, wherever in a forward that was
             velocity, *away = (transformer.velocity(latents, condition) for condition in self._conditions[t])
             return away[0] + self._request.guidance * (velocity - away[0]) if away else velocity
 
         return self._fitting.within("denoise", run)
-
-    def _keep_to_plan(self) -> bool:
-        plan = self._fitting.plan
-        return plan is not None and plan.device == "cuda" and self._ways.keep_to(plan.attention)

@@ -61,3 +61,8 @@ def first_sentence(error: object) -> str:
     sentences = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")
     more = [one for one in sentences[1:2] if one.startswith("Tried to allocate")]
     return ". ".join([sentences[0], *more])
+
+
+def first_line(error: object) -> str:
+    """The first line of a message, to stand behind the type's name; "no message" if it is empty."""
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -18,7 +18,8 @@ Done = TypeVar("Done")
 class Fitting:
     """Has `parts` follow plans. Without `planner` they stay as they are, and nothing leaner is known.
 
-    `plan` is what is followed now; `stepped_down` tells in words what was made leaner, for the record.
+    `plan` is what is followed now; `stepped_down` tells in words what was made leaner since the beginning,
+    for the records.
     """
 
     def __init__(self, parts: Parts, planner: Planner | None) -> None:

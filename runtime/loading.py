@@ -19,8 +19,10 @@ from runtime.checkpoint import Checkpoint, expect_quantization, find_component, 
 from runtime.checkpoint.load import check_tensors
 from runtime.errors import WeightsError
 from runtime.linear import swap_linears
+from runtime.memory.load import load_part, load_streamed
 from runtime.memory.ring import Ring
-from runtime.memory.stream import BlockStream, Placement, load_part, load_streamed
+from runtime.memory.rows import StoredEmbedding
+from runtime.memory.stream import BlockStream, Placement
 from runtime.profiles import pull_command
 from runtime.schema import ModelManifest
 from runtime.text_encoder import TextEncoder, TextEncoderConfig
@@ -199,13 +201,23 @@ def stream_text_encoder(
     dtype: torch.dtype,
     placement: Placement,
     ring: Ring,
+    on_bytes: OnBytes | None = None,
+    kept_rows: int = 0,
 ) -> tuple[TextEncoder, BlockStream]:
-    """The umT5 encoder whose blocks are placed, and whose table of tokens stays in its file."""
+    """The umT5 encoder whose blocks are placed, and whose table of tokens stays in its file.
+
+    kept_rows: rows of that table which stay with it once a prompt has needed them.
+    """
     sizes = _agreed_sizes(checkpoint, manifest.text_encoder)
     with on_meta():
         model = TextEncoder(TextEncoderConfig(**sizes))
     swap_linears(model, checkpoint.quantized_linears())
-    return model, load_streamed(model, checkpoint, placement=placement, ring=ring, dtype=dtype, device=device)
+    stream = load_streamed(
+        model, checkpoint, placement=placement, ring=ring, dtype=dtype, device=device, on_bytes=on_bytes
+    )
+    if isinstance(model.token_embedding, StoredEmbedding):
+        model.token_embedding.keep(kept_rows)
+    return model, stream
 
 
 def _agreed_sizes(checkpoint: Checkpoint, pinned: Any | None) -> dict[str, Any]:

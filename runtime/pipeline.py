@@ -26,12 +26,14 @@ from runtime.errors import OutputCheckError, first_sentence
 from runtime.fitting import Fitting, Planner
 from runtime.frames import Decoding
 from runtime.guard import Fault
+from runtime.layers.backends import check_name
 from runtime.layers.tiles import WHOLE, Rung
 from runtime.memory import allocator
 from runtime.memory.exhausted import is_out_of_memory
 from runtime.memory.machine import look
 from runtime.memory.plan import Plan
 from runtime.memory.planning import job_of, plan_run, sizes_for
+from runtime.memory.sizes import ModelSizes
 from runtime.parts import Parts, PlannedParts
 from runtime.profiles import DEFAULT_MODEL, DIRECTORY_MODEL, find_model, load_profile
 from runtime.provenance import fingerprints, versions
@@ -42,9 +44,9 @@ from runtime.schema import Envelope, ModelManifest, Profile
 from runtime.stages import OnStage, PhaseClock, Stage
 from runtime.text_states import TextCache
 from runtime.tokenizer import PromptTokenizer, Tokens
-from runtime.tuning import apply_tiles, choose_attention, open_store
+from runtime.tuning import Store, apply_tiles, choose_attention, open_store
 from runtime.video import RECORD_FORMAT, Video
-from runtime.ways import Ways, check_name, choose_ways
+from runtime.ways import Ways, choose_ways
 
 __all__ = ["Pipeline", "Stage"]
 
@@ -78,6 +80,8 @@ class Pipeline:
         self.fitting = Fitting(parts, planner)
         self.ways = Ways(device) if ways is None else ways
         self.envelope = envelope
+        self._begun = False
+        self._earlier = 0, 0  # falls of the ways and steps down of the plan, told by the videos before
 
     @classmethod
     def load(
@@ -131,13 +135,7 @@ class Pipeline:
         confirm_device(device)
         sizes = sizes_for(manifest, chosen, (files.transformer, files.text_encoder, files.vae))
         store = open_store(None if cache is None else Path(cache), device)
-        ways = choose_ways(
-            *(device, checked.tokens, sizes.text_len, sizes.num_heads, sizes.head_dim),
-            *(loading.DTYPES[chosen.dtype], attention, as_before),
-            memory=store,
-            chooser=partial(choose_attention, store),
-        )
-        apply_tiles(store, torch.device(device))
+        ways = _ways_for(checked, sizes, chosen, device, store, attention, as_before)
         texts = None if cache is None else text_cache(Path(cache), files.text_encoder, device, chosen)
         pipe = cls(
             manifest,
@@ -145,14 +143,7 @@ class Pipeline:
             device,
             tokenizer,
             parts=PlannedParts(files, manifest, chosen, device),
-            provenance={
-                "family": manifest.family,
-                # Only a model without a name needs its path: a video that is shown around should not tell it.
-                **({"weights": str(directory.absolute())} if manifest.family == DIRECTORY_MODEL else {}),
-                **({} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
-                "files": fingerprints(files.paths),
-                "versions": versions(),
-            },
+            provenance=_provenance(manifest, directory, files, device),
             texts=texts,
             planner=lambda job: plan_for(job, attention=ways.eight_bits),
             ways=ways,
@@ -197,6 +188,7 @@ class Pipeline:
         the same frames as the run that it comes from.
         """
         checked = check(request, self.manifest, self.device)
+        self._begin_record()
         self._prepare(checked, text_known=start is not None)
         clock = PhaseClock()
 
@@ -313,8 +305,20 @@ class Pipeline:
                 reason = first_sentence(error)
             self.fitting.step_down("decode", reason)
 
+    def _begin_record(self) -> None:
+        """What steps down from here on does so in the next video; while loading, it was in the first."""
+        if self._begun:
+            self._earlier = len(self.ways.fell_back), len(self.fitting.stepped_down)
+        self._begun = True
+
     def record(self, request: CheckedRequest, tokens: Tokens) -> dict[str, Any]:
-        """What the mp4 says of its own making: enough to make it again, and to know with what."""
+        """What the mp4 says of its own making: enough to make it again, and to know with what.
+
+        The ways and the plan are those in use, wherever they come from; what fell back or stepped down is
+        told by the video in which it did.
+        """
+        falls, steps = self._earlier
+        fell_back, stepped_down = self.ways.fell_back[falls:], self.fitting.stepped_down[steps:]
         return {
             "format": RECORD_FORMAT,
             **asdict(request),
@@ -327,8 +331,51 @@ class Pipeline:
             "dtype": self.profile.dtype,
             "vae_dtype": self.profile.vae.dtype,
             **({} if self.plan is None else {"plan": self.plan.as_dict()["placement"]}),
-            **({"stepped_down": self.fitting.stepped_down} if self.fitting.stepped_down else {}),
+            **({"stepped_down": stepped_down} if stepped_down else {}),
             "ways": self.ways.as_dict(),
-            **({"fell_back": self.ways.fell_back} if self.ways.fell_back else {}),
+            **({"fell_back": fell_back} if fell_back else {}),
             **self.provenance,
         }
+
+
+def _ways_for(
+    request: CheckedRequest,
+    sizes: ModelSizes,
+    profile: Profile,
+    device: str,
+    store: Store,
+    attention: str,
+    as_before: Mapping[str, Any] | None,
+) -> Ways:
+    """What computes `request` fastest here, by what `store` knows or learns now; its tiles are in force then.
+
+    Raises RequestError for an attention that is unknown or does not work here.
+    """
+    ways = choose_ways(
+        device,
+        request.tokens,
+        sizes.text_len,
+        sizes.num_heads,
+        sizes.head_dim,
+        loading.DTYPES[profile.dtype],
+        attention,
+        as_before,
+        memory=store,
+        chooser=partial(choose_attention, store),
+    )
+    apply_tiles(store, torch.device(device))
+    return ways
+
+
+def _provenance(
+    manifest: ModelManifest, directory: Path, files: loading.ModelFiles, device: str
+) -> dict[str, Any]:
+    """What a record says of all videos of a pipeline: weights, card and versions."""
+    return {
+        "family": manifest.family,
+        # Only a model without a name needs its path: a video that is shown around should not tell it.
+        **({"weights": str(directory.absolute())} if manifest.family == DIRECTORY_MODEL else {}),
+        **({} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
+        "files": fingerprints(files.paths),
+        "versions": versions(),
+    }

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from runtime.errors import first_line
 from runtime.kernels import launch, tune
 from runtime.kernels.configs import Config, candidates
 from runtime.kernels.row_quantize import row_quantize_torch
@@ -151,7 +152,7 @@ def _at_length(
         distance = float((got - exact).norm() / exact.norm())
     # A missing kernel is an assertion here, a CUDA error or a lack of memory there.
     except Exception as error:  # noqa: BLE001
-        return Proof(name, False, reason=f"{where}: {type(error).__name__}: {_first_line(error)}")
+        return Proof(name, False, reason=f"{where}: {type(error).__name__}: {first_line(error)}")
     bound = BOUNDS[backends.BACKENDS[name].bits]
     if not distance <= bound:  # NaN is above any bound
         return Proof(name, False, distance, f"{where}: {distance:.3f} from fp32, expected {bound} at most")
@@ -296,7 +297,3 @@ def free_bytes(device: torch.device) -> int:
     """GPU memory that tensors can take now."""
     _release(device)
     return torch.cuda.mem_get_info(device)[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -221,9 +221,6 @@ def choose_attention(
     head_dim: int = 128,
     dtype: "torch.dtype | None" = None,
     forced: str | None = None,
-    *,
-    least_bits: int = 8,
-    most_bits: int = 16,
 ) -> "Choice":
     """`backends.choose`, from memory where that is possible. dtype: bf16 unless given.
 
@@ -240,19 +237,12 @@ def choose_attention(
     avoided = store.avoided()
     if forced not in (None, "auto") or device.type != "cuda":
         return backends.choose(device, tokens, keys, heads, head_dim, dtype, forced, avoided=avoided)
-    if backends.few_keys(tokens, keys):
-        least_bits = max(least_bits, 16)
     known = store.attention(tokens, keys, heads, head_dim, _named(dtype))
     if known is not None:
-        choice = _remembered(known, store, device, dtype, (least_bits, most_bits))
+        choice = _remembered(known, store, device, dtype)
         if choice is not None:
             return choice
-    choice = backends.choose(
-        *(device, tokens, keys, heads, head_dim, dtype),
-        avoided=avoided,
-        least_bits=least_bits,
-        most_bits=most_bits,
-    )
+    choice = backends.choose(device, tokens, keys, heads, head_dim, dtype, avoided=avoided)
     if choice.timings:
         size = (min(tokens, LONG), min(keys, LONG), heads, head_dim, _named(dtype))
         store.keep_attention(_learned(choice, store, size))
@@ -264,7 +254,7 @@ def _named(dtype: "torch.dtype") -> str:
 
 
 def _remembered(
-    known: Attention, store: Store, device: "torch.device", dtype: "torch.dtype", bits: tuple[int, int]
+    known: Attention, store: Store, device: "torch.device", dtype: "torch.dtype"
 ) -> "Choice | None":
     """The fastest of what is known, proven here; None where something was not timed, or does not hold."""
     from runtime.kernels.tune import Timing
@@ -272,7 +262,7 @@ def _remembered(
 
     entries = {one.name: one for one in known.entries if one.name in backends.BACKENDS}
     proofs = backends.without([_proof(one) for one in entries.values()], store.avoided())
-    names = backends.admitted(proofs, (), *bits)
+    names = backends.admitted(proofs, (), known.tokens, known.keys)
     timed = [entries[name] for name in names if entries[name].ms is not None]
     if not timed or any(entries[name].ms is None and not entries[name].reason for name in names):
         return None
@@ -305,7 +295,7 @@ def _learned(choice: "Choice", store: Store, size: tuple[int, int, int, int, str
     before = {one.name: one for one in older.entries} if older is not None and same else {}
     avoided = store.avoided()
     merged = {
-        **before,  # of a backend that was left out now, or has too few bits for now, the time stays true
+        **before,  # of a backend that was left out now the time stays true
         **{
             one.name: one
             for one in new
@@ -355,14 +345,14 @@ def winner(entries: Iterable[Entry], tokens: int, keys: int, avoided: Collection
     from runtime.layers import backends
 
     entries = [one for one in entries if one.name in backends.BACKENDS]
-    least = 16 if backends.few_keys(tokens, keys) else 8
-    names = backends.admitted([_proof(one) for one in entries], avoided, least)
+    names = backends.admitted([_proof(one) for one in entries], avoided, tokens, keys)
     timed = [one for one in entries if one.name in names and one.ms is not None]
     return min(timed, key=lambda one: one.ms or 0.0).name if timed else backends.LAST_RESORT
 
 
 FUSED_KERNELS = "fused-kernels"
-"""Avoided, they are not tuned either (runtime.ways)."""
+"""The kernels around attention and products, by the name under which they are avoided, beside those of
+attention backends; avoided, they are not tuned either."""
 
 USABLE = {"fp8": "fused"}
 """format -> the way that layers of it take where it was measured to be the fastest. For int8 that is the

@@ -97,7 +97,8 @@ class Entry(_Strict):
 class Attention(_Strict):
     """The backends at one size; `entries` fastest first. tokens, keys: those that were timed.
 
-    won: what a run takes by this, if nothing speaks against it.
+    heads: the model's; `t2v tune` times all of them, a run's own trial some (`backends.timed_heads`), in so
+    much less time. won: what a run takes by this, if nothing speaks against it.
     """
 
     tokens: Positive

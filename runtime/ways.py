@@ -22,16 +22,24 @@ from torch import Tensor
 from runtime.errors import RequestError
 from runtime.guard import Fault
 from runtime.kernels.launch import trouble, twins
-from runtime.layers.attention import Attend
-from runtime.layers.backends import BACKENDS, Choice, Run, choose, in_engine, named, rungs
+from runtime.layers.attention import Attend, Run
+from runtime.layers.backends import (
+    BACKENDS,
+    LAST_RESORT,
+    Choice,
+    check_name,
+    choose,
+    in_engine,
+    named,
+    rungs,
+)
+from runtime.memory.plan import Plan
 from runtime.memory.visit import give_back
 from runtime.samples import AttentionSample, KernelSample
 from runtime.transformer import Transformer
+from runtime.tuning import FUSED_KERNELS
 
-FORMULA = "sdpa-math"
 FUSED, PLAIN = "fused", "plain"
-FUSED_KERNELS = "fused-kernels"
-"""The name by which a `Memory` knows them, beside those of attention backends."""
 
 
 class Memory(Protocol):
@@ -48,7 +56,7 @@ class Memory(Protocol):
 
 
 Chooser = Callable[..., Choice]
-"""(device, tokens, keys=, heads=, head_dim=, dtype=, forced=, least_bits=), as `backends.choose`."""
+"""(device, tokens, keys=, heads=, head_dim=, dtype=, forced=), as `backends.choose`."""
 
 
 class NoMemory:
@@ -71,14 +79,14 @@ class Ways:
 
     Attributes:
         name, on_text: backends in use, of tokens among each other and on the text. kernels: FUSED or PLAIN.
-        fell_back: what went wrong and what came instead, for the record.
+        fell_back: what went wrong and what came instead, since the beginning, for the records.
         sampled, kernel_samples: what the guard reads.
     """
 
     def __init__(
         self,
         device: torch.device | str,
-        ladder: Sequence[str] = ("sdpa", FORMULA),
+        ladder: Sequence[str] = ("sdpa", LAST_RESORT),
         on_text: str = "sdpa",
         *,
         fused: bool = False,
@@ -112,9 +120,9 @@ class Ways:
         """The attention backend where it computes in 8 bits: a plan must have room for its copies."""
         return self.name if self.bits == 8 else ""
 
-    def keep_to(self, attention: str) -> bool:
-        """Leave 8 bits where the plan's `attention` is empty, for want of room; whether anything changed."""
-        if attention or self.bits != 8:
+    def keep_to(self, plan: Plan | None) -> bool:
+        """Leave 8 bits where the plan of a GPU has no room for their copies; whether anything changed."""
+        if plan is None or plan.device != "cuda" or plan.attention or self.bits != 8:
             return False
         before = self.name
         while self.bits == 8:
@@ -155,9 +163,9 @@ class Ways:
         elif self.kernels == FUSED:
             self.kernels = PLAIN
             self._left.append((FUSED_KERNELS, fault))
-        elif self.name != FORMULA or self.on_text != FORMULA:
+        elif self.name != LAST_RESORT or self.on_text != LAST_RESORT:
             self._left.append((self.name, fault))
-            self._ladder, self.on_text = [FORMULA], FORMULA
+            self._ladder, self.on_text = [LAST_RESORT], LAST_RESORT
         else:
             return None
         self._tell(before, fault, where)
@@ -179,7 +187,7 @@ class Ways:
         between were wrong too, it was not by themselves.
         """
         for number, (name, fault) in enumerate(self._left, start=1):
-            if (fault.origin or number == len(self._left)) and name != FORMULA:
+            if (fault.origin or number == len(self._left)) and name != LAST_RESORT:
                 self._memory.avoid(name, fault.reason)
         self._left = []
 
@@ -215,14 +223,6 @@ def _scaled(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------- choosing
 
 
-def check_name(attention: str) -> None:
-    """RequestError for a name that no backend has, before anything is read or loaded."""
-    if attention != "auto" and attention not in BACKENDS:
-        raise RequestError(
-            f"attention {attention!r} is unknown, expected auto or one of {', '.join(BACKENDS)}"
-        )
-
-
 def choose_ways(
     device: torch.device | str,
     tokens: int,
@@ -235,14 +235,12 @@ def choose_ways(
     memory: Memory | None = None,
     *,
     chooser: Chooser | None = None,
-    least_bits: int = 8,
 ) -> Ways:
     """The fastest way that is right here, and its ladder; on a CPU torch's attention, with nothing tried.
 
     attention: a backend to begin with, or "auto". before: the record of a run whose way is to be taken where
     it works here, so that the pixels are the same. What `memory` avoids is taken only where it is asked for
-    by name. chooser: `backends.choose`, or what knows its answers. least_bits: 16 where a plan has no memory
-    for 8-bit copies.
+    by name. chooser: `backends.choose`, or what knows its answers.
     Raises RequestError for a backend that is unknown or does not work here.
     """
     check_name(attention)
@@ -255,10 +253,10 @@ def choose_ways(
     same = _ways_of(before, place)
     choice = _as_before(same, asked, notes, place)
     if choice is None:
-        choice = _first(asked, attention, least_bits, place)
+        choice = _first(asked, attention, place)
     ladder = [name for name in rungs(choice, place) if name == choice.name or name not in avoided]
-    if FORMULA not in ladder:
-        ladder.append(FORMULA)
+    if LAST_RESORT not in ladder:
+        ladder.append(LAST_RESORT)
     if attention in avoided:
         notes.append(f"attention {attention} gave wrong numbers on this GPU before.")
     fused = place.type == "cuda" and trouble(place) is None
@@ -272,12 +270,12 @@ def choose_ways(
     return Ways(place, ladder, on_text, fused=fused, memory=memory, notes=notes)
 
 
-def _first(asked: Chooser, attention: str, least_bits: int, device: torch.device) -> Choice:
+def _first(asked: Chooser, attention: str, device: torch.device) -> Choice:
     if attention != "auto":
         return asked(forced=attention)
     if device.type == "cpu":  # there is nothing to choose between, and no reason to try it
         return Choice("sdpa", named("sdpa", device), ())
-    return asked(least_bits=least_bits)
+    return asked()
 
 
 def _as_before(
@@ -296,7 +294,7 @@ def _as_before(
 def _on_text(asked: Chooser, text_len: int, device: torch.device, same: Mapping[str, str]) -> str:
     name = same.get("text_attention")
     if device.type == "cpu":
-        return FORMULA if name == FORMULA else "sdpa"
+        return LAST_RESORT if name == LAST_RESORT else "sdpa"
     if name is not None:
         with suppress(RequestError):  # told of the other attention already, where it is the same
             return asked(forced=name).name

@@ -15,7 +15,7 @@ from typing import Literal
 Kind = Literal["attention", "products", "other"]
 
 _ATTENTION = re.compile(
-    r"flash|fmha|sdpa|attention|attn|mha_|_spread|eight_bits|_restore|sage|quantint8|meanscale"
+    r"flash|fmha|sdpa|attention|attn|attend|mha_|_spread|eight_bits|_columns|_restore|sage|quantint8|meanscale"
     r"|transposepadpermute|quant_per|submean",
     re.IGNORECASE,
 )

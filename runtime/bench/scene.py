@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,7 +89,10 @@ class Scene:
             torch.cuda.empty_cache()
 
     def pipe(self, size: Size) -> Pipeline:
-        """The pipeline, placed by the plan for a video of `size` of which nothing is known yet."""
+        """The pipeline, placed by the plan for a video of `size` of which nothing is known yet.
+
+        As in a run, attention is what that plan has room for.
+        """
         if self._pipe is None:
             where = self.where
             self._pipe = Pipeline.load(
@@ -106,6 +108,7 @@ class Scene:
         else:
             checked = check(size.request(), self.where.manifest, self.where.device)
             self._pipe.fitting.prepare(job_of(checked))
+        self._pipe.ways.keep_to(self._pipe.plan)
         return self._pipe
 
     @property
@@ -151,8 +154,14 @@ def condition_of(pipe: Pipeline, device: torch.device, dtype: torch.dtype) -> Co
 def warm_forward(pipe: Pipeline, latents: Tensor, condition: Condition) -> None:
     """One forward, with a leaner plan where memory runs out: the measured ones have what they need."""
     pipe.parts.expect(1)
-    with torch.inference_mode(), following(pipe.parts.transformer, pipe.ways):
-        pipe.fitting.within("denoise", partial(pipe.parts.transformer.velocity, latents, condition))
+
+    def run() -> None:
+        pipe.ways.keep_to(pipe.plan)  # a leaner one than before, after a shortage
+        with following(pipe.parts.transformer, pipe.ways):
+            pipe.parts.transformer.velocity(latents, condition)
+
+    with torch.inference_mode():
+        pipe.fitting.within("denoise", run)
 
 
 def placed(pipe: Pipeline) -> str:

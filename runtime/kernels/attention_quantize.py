@@ -17,7 +17,7 @@ small for eight bits touch the mean.
     Q² = Σ_d max_l |q[l,d]|², K² = Σ_d max_l |k[l,d] - mean[d]|²               (H,); |x·R| <= |x|
 
 x (B, L, H, D), rows of all heads, 16 bits; 8-bit copies (B, L, H, D). Two passes over each of q, k, v: the
-first finds least, largest and mean of each channel (2 bytes an entry), the second writes (3 bytes); R is made
+first (`channel_spread`) reads 2 bytes an entry, the second writes (3 bytes with its reading); R is made
 of signs in registers and multiplied by the tensor cores, exactly. No number leaves the GPU. The copies have
 up to 127 rows of zeros behind the last: attention kernels read whole tiles.
 """
@@ -31,20 +31,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from runtime.kernels.channel_spread import rows_of_heads, spread
 from runtime.kernels.launch import E4M3, QMAX, fused, jit, on, tl
 
 _TILE = 128  # rows that attention kernels read at a time, at most
 _TINY = 1e-12  # of a bound: keys that are all the same have none
-_ROWS, _STEPS, _COLUMNS = 16, 32, 128  # of the first pass: a tile, and how many of them below one another
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Least, largest and mean of each channel over all rows; each (H, D) fp32."""
-
-    low: Tensor
-    high: Tensor
-    mean: Tensor
+_TURNS = 8  # tiles that one program rotates: it makes R once
+# `quantize_by_sample` looks at one row in 17, or at so many. A picture is 52 or 80 tokens wide: one row in 16
+# would leave most columns of the picture out.
+_EVERY, _ENOUGH = 17, 1024
+_ROOM = 8.0  # times the reach of the rows looked at fits the range
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,8 @@ class Quantized:
     """What the attention kernel takes, and what makes its output that of q, k and v.
 
     Attributes:
-        q, k, v: (B, L or S, H, D) e4m3. descale: (1,) fp32, what q8·kᵀ8 is to be multiplied by.
+        q, k, v: (B, L or S, H, D) e4m3; v as `to_columns` lays it out where `quantize_by_sample` made it.
+        descale: (1,) fp32, or one for each head, (H,): what q8·kᵀ8 is to be multiplied by.
         factor, center: (H, D) fp32, for `restore`.
     """
 
@@ -69,9 +66,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
 
     Raises ValueError for a D that is no power of two from 16 to 256.
     """
-    heads, head_dim = q.shape[2:]
-    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
-        raise ValueError(f"heads of {head_dim} cannot be rotated, expected a power of two from 16 to 256")
+    check_head_dim(q.shape[3])
     of_q, of_k, of_v = spread(q), spread(k), spread(v)
     a, b, descale = shared_scales(
         torch.maximum(of_q.high.abs(), of_q.low.abs()),
@@ -79,7 +74,7 @@ def quantize(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
     )
     reach = torch.maximum(of_v.high - of_v.mean, of_v.mean - of_v.low).clamp_min(_TINY)
     factor = reach / QMAX[E4M3]
-    wide = (heads, head_dim)
+    wide = of_q.mean.shape
     return Quantized(
         to_eight_bits(q, torch.zeros_like(of_q.mean), a.reciprocal()[:, None].expand(wide), rotate=True),
         to_eight_bits(k, of_k.mean, b.reciprocal()[:, None].expand(wide), rotate=True),
@@ -90,6 +85,45 @@ def quantize(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
     )
 
 
+def quantize_by_sample(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
+    """The same for a kernel that takes a scale for each head, v in columns, and that writes 16 bits.
+
+    q (1, L, H, D), k and v (1, S, H, D) of one 16-bit dtype. Its scales are no tight ones, which spares most
+    of the first pass: e4m3 has 15 powers of two in which the rounding is the same, so that a scale may leave
+    room. Any m is exact. One row in 17 is looked at; what reaches 8 times as far as they do still fits, and
+    what reaches farther becomes the largest number. Raises as `quantize`.
+    """
+    check_head_dim(q.shape[3])
+    of_q, of_k, of_v = (spread(_sample(x)) for x in (q, k, v))
+    a, b, by = (
+        reach.clamp_min(_TINY) * (_ROOM / QMAX[E4M3])
+        for reach in (
+            torch.maximum(of_q.high.abs(), of_q.low.abs()).square().sum(1, keepdim=True).sqrt(),  # (H, 1)
+            torch.maximum(of_k.high - of_k.mean, of_k.mean - of_k.low).square().sum(1, keepdim=True).sqrt(),
+            torch.maximum(of_v.high - of_v.mean, of_v.mean - of_v.low),  # (H, D)
+        )
+    )
+    return Quantized(
+        to_eight_bits(q, torch.zeros_like(of_q.mean), a.reciprocal().expand_as(by), rotate=True),
+        to_eight_bits(k, of_k.mean, b.reciprocal().expand_as(by), rotate=True),
+        to_columns(v, of_v.mean, by.reciprocal()),
+        (a * b).flatten(),
+        by,
+        of_v.mean,
+    )
+
+
+def _sample(x: Tensor) -> Tensor:
+    """Rows of x (B, L, H, D) at equal distances: all of few, one in 17 of many."""
+    return x[:, :: max(min(_EVERY, x.shape[1] // _ENOUGH), 1)]
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise ValueError for a size that has no Hadamard matrix here, or no kernel."""
+    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
+        raise ValueError(f"heads of {head_dim} cannot be rotated, expected a power of two from 16 to 256")
+
+
 def shared_scales(q_reach: Tensor, k_reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(a (H,), b (H,), c (1,)) fp32 from the largest |q| and |k - mean| of each channel, (H, D) each."""
     bound_q, bound_k = (reach.square().sum(1).sqrt().clamp_min(_TINY) for reach in (q_reach, k_reach))
@@ -97,80 +131,7 @@ def shared_scales(q_reach: Tensor, k_reach: Tensor) -> tuple[Tensor, Tensor, Ten
     return (c * bound_q / bound_k).sqrt(), (c * bound_k / bound_q).sqrt(), c
 
 
-# --- the first pass ---
-
-
-def spread(x: Tensor) -> Spread:
-    """Least, largest and mean of each channel of x (B, L, H, D) over batch and tokens."""
-    return (spread_triton if fused(x) else spread_torch)(x)
-
-
-def spread_torch(x: Tensor) -> Spread:
-    """The formula in plain torch."""
-    rows = x.flatten(0, 1)
-    return Spread(rows.amin(0).float(), rows.amax(0).float(), rows.mean(0, dtype=torch.float32))
-
-
-def spread_triton(x: Tensor) -> Spread:
-    """The kernel: partial results of 512 rows each, then torch over those; the same bits every time."""
-    rows = _rows(x)
-    count, width = rows.shape
-    chunks = -(-count // (_ROWS * _STEPS))
-    parts = torch.empty((3, chunks, width), dtype=torch.float32, device=x.device)
-    with on(x):
-        _spread_kernel[(chunks, -(-width // _COLUMNS))](
-            rows,
-            parts,
-            count,
-            rows.stride(0),
-            width,
-            ROWS=_ROWS,
-            STEPS=_STEPS,
-            COLUMNS=_COLUMNS,
-            num_warps=4,
-        )
-    low, high, total = parts
-    return Spread(*(one.view(x.shape[2:]) for one in (low.amin(0), high.amax(0), total.sum(0) / count)))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x (B, L, H, D) as (B·L, H·D) whose rows may be apart; copied only where its axes do not nest."""
-    return x.reshape(-1, x.shape[2] * x.shape[3])
-
-
-@jit
-def _spread_kernel(
-    x,
-    parts,
-    rows,
-    stride,
-    width,
-    ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    chunk = tl.program_id(0)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    within = columns < width
-    low = tl.full((ROWS, COLUMNS), float("inf"), tl.float32)
-    high = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for step in range(STEPS):
-        row = (chunk * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & within[None, :]
-        y = tl.load(x + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
-        y = y.to(tl.float32)
-        low = tl.minimum(low, tl.where(inside, y, float("inf")))
-        high = tl.maximum(high, tl.where(inside, y, float("-inf")))
-        total += y
-    place = parts + chunk.to(tl.int64) * width + columns
-    kind = tl.num_programs(0).to(tl.int64) * width
-    tl.store(place, tl.min(low, axis=0), mask=within)
-    tl.store(place + kind, tl.max(high, axis=0), mask=within)
-    tl.store(place + 2 * kind, tl.sum(total, axis=0), mask=within)
-
-
-# --- the second pass ---
+# --- to eight bits ---
 
 
 def to_eight_bits(x: Tensor, center: Tensor, factor: Tensor, rotate: bool) -> Tensor:
@@ -204,29 +165,33 @@ def to_eight_bits_torch(x: Tensor, center: Tensor, factor: Tensor, rotate: bool)
     for head in range(x.shape[2]):
         y = rotated(x[:, :, head]) if rotate else x[:, :, head].float()
         y = (y - center[head]) * factor[head]
+        y += y - y  # NaN for infinity: e4m3 has none, and its largest number would look healthy
         out[:, :, head] = y.clamp(-QMAX[E4M3], QMAX[E4M3]).to(E4M3)
     return out
 
 
 def to_eight_bits_triton(x: Tensor, center: Tensor, factor: Tensor, rotate: bool) -> Tensor:
     """The kernel."""
-    rows = _rows(x)
+    rows = rows_of_heads(x)
     heads, head_dim = x.shape[2:]
     out = _with_tail(x, zeroed=False)
     padded = _whole_tiles(len(rows))
     with on(x):
-        _to_eight_bits_kernel[(padded // _TILE, heads)](
+        _to_eight_bits_kernel[(-(-padded // (_TILE * _TURNS)), heads)](
             rows,
             out,
             center,
             factor,
             len(rows),
+            padded,
             rows.stride(0),
             WIDTH=heads * head_dim,
             HEAD=head_dim,
             ROWS=_TILE,
+            TURNS=_TURNS,
             ROTATE=rotate,
-            num_warps=8,
+            num_warps=4,
+            num_stages=2,
             enable_fp_fusion=False,
         )
     return out
@@ -248,12 +213,18 @@ def _with_tail(x: Tensor, zeroed: bool = True) -> Tensor:
 
 @jit
 def _hadamard(SIZE: tl.constexpr, like):
-    """(SIZE, SIZE) of 1 and -1 in the dtype of `like`: parity of the ones of i & j."""
+    """(SIZE, SIZE) of 1 and -1 in the dtype that `like` points to: parity of the ones of i & j."""
     both = tl.arange(0, SIZE)[:, None] & tl.arange(0, SIZE)[None, :]
     both = both ^ (both >> 4)
     both = both ^ (both >> 2)
     both = both ^ (both >> 1)
-    return (1 - 2 * (both & 1)).to(tl.float32).to(like.dtype)
+    return (1 - 2 * (both & 1)).to(tl.float32).to(like.dtype.element_ty)
+
+
+@jit
+def _nan_for_infinity(y):
+    """y, where it is finite: e4m3 has no infinity, and its largest number would look healthy."""
+    return y + (y - y)
 
 
 @jit
@@ -263,24 +234,104 @@ def _to_eight_bits_kernel(
     center,
     factor,
     rows,
+    padded,
     stride,
     WIDTH: tl.constexpr,
     HEAD: tl.constexpr,
     ROWS: tl.constexpr,
+    TURNS: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * HEAD + tl.arange(0, HEAD)
+    middle = tl.load(center + columns)[None, :]
+    by = tl.load(factor + columns)[None, :]
+    if ROTATE:
+        signs = _hadamard(HEAD, x)
+    for turn in range(TURNS):
+        row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None]
+        wide = row.to(tl.int64)[:, None]
+        given = tl.load(x + wide * stride + columns[None, :], mask=inside, other=0.0)
+        if ROTATE:  # noqa: SIM108
+            y = tl.dot(given, signs)  # signs times 16-bit numbers, summed in fp32
+        else:
+            y = given.to(tl.float32)
+        y = tl.where(inside, _nan_for_infinity((y - middle) * by), 0.0)
+        tl.store(out + wide * WIDTH + columns[None, :], y.to(tl.float8e4nv), mask=(row < padded)[:, None])
+
+
+# --- values in columns ---
+
+
+def slots(count: int, device: torch.device) -> Tensor:
+    """Which key stands in each slot of `to_columns`, (count,) int64; count a multiple of 16.
+
+    Of 16 keys c·8 + j·2 + b, the slot of each is j·4 + c·2 + b: a thread of a warp group has the scores of
+    keys j·2 and j·2 + 1 of each eight in its registers after one product, and gives four numbers side by
+    side, those of slots j·4 to j·4 + 3, to the next (PTX ISA, fragments of wgmma.m64nNk32).
+    """
+    return torch.arange(count, device=device).view(-1, 2, 4, 2).transpose(1, 2).flatten()
+
+
+def to_columns(x: Tensor, center: Tensor, factor: Tensor) -> Tensor:
+    """e4m3 of (x - center)·factor with the keys of a channel side by side, in `slots`.
+
+    x (1, S, H, D); center and factor (H, D) fp32. Returns (H·D, S rounded up to 128), zeros behind the last.
+    Raises ValueError for more than one batch.
+    """
+    if x.shape[0] != 1:
+        raise ValueError(f"{x.shape[0]} batches side by side are no columns, expected 1")
+    run = to_columns_triton if fused(x, E4M3) else to_columns_torch
+    return run(x, center.contiguous(), factor.contiguous())
+
+
+def to_columns_torch(x: Tensor, center: Tensor, factor: Tensor) -> Tensor:
+    """The formula in plain torch, a head at a time."""
+    _, length, heads, head_dim = x.shape
+    out = torch.zeros((heads, head_dim, _whole_tiles(length)), dtype=E4M3, device=x.device)
+    order = slots(out.shape[2], x.device)
+    for head in range(heads):
+        y = torch.zeros((out.shape[2], head_dim), device=x.device)
+        y[:length] = (x[0, :, head].float() - center[head]) * factor[head]
+        y += y - y
+        out[head] = y[order].clamp(-QMAX[E4M3], QMAX[E4M3]).to(E4M3).t()
+    return out.flatten(0, 1)
+
+
+def to_columns_triton(x: Tensor, center: Tensor, factor: Tensor) -> Tensor:
+    """The kernel."""
+    rows = rows_of_heads(x)
+    heads, head_dim = x.shape[2:]
+    padded = _whole_tiles(len(rows))
+    out = torch.empty((heads * head_dim, padded), dtype=E4M3, device=x.device)
+    with on(x):
+        _to_columns_kernel[(padded // _TILE, heads)](
+            rows,
+            out,
+            center,
+            factor,
+            len(rows),
+            rows.stride(0),
+            padded,
+            HEAD=head_dim,
+            ROWS=_TILE,
+            num_warps=8,
+            enable_fp_fusion=False,
+        )
+    return out
+
+
+@jit
+def _to_columns_kernel(x, out, center, factor, rows, stride, padded, HEAD: tl.constexpr, ROWS: tl.constexpr):
+    slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = slot // 16 * 16 + slot // 2 % 2 * 8 + slot // 4 % 4 * 2 + slot % 2
     columns = tl.program_id(1) * HEAD + tl.arange(0, HEAD)
     inside = (row < rows)[:, None]
-    wide = row.to(tl.int64)[:, None]
-    given = tl.load(x + wide * stride + columns[None, :], mask=inside, other=0.0)
-    if ROTATE:  # noqa: SIM108
-        y = tl.dot(given, _hadamard(HEAD, given))  # signs times 16-bit numbers, summed in fp32
-    else:
-        y = given.to(tl.float32)
-    y = (y - tl.load(center + columns)[None, :]) * tl.load(factor + columns)[None, :]
-    y = tl.where(inside, y, 0.0)
-    tl.store(out + wide * WIDTH + columns[None, :], y.to(tl.float8e4nv))  # the last tile is whole
+    given = tl.load(x + row.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    y = given.to(tl.float32) - tl.load(center + columns)[None, :]
+    y = tl.where(inside, _nan_for_infinity(y * tl.load(factor + columns)[None, :]), 0.0)
+    place = out + columns.to(tl.int64)[:, None] * padded + slot[None, :]
+    tl.store(place, tl.trans(y.to(tl.float8e4nv)))  # the last tile is whole
 
 
 # --- and back ---

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.kernels.launch import fused, jit, tl
-from runtime.kernels.row_quantize import launch_rows, row_quantize_torch, store_row
-
-ROWS = 1  # of a program: more were slower on the H200 (0.72 ms; 0.77 to 0.92 with 2 and 4)
+from runtime.kernels.row_quantize import launch_rows, row_quantize_torch
+from runtime.kernels.rows import absmax_bits, quantized, row_scale
 
 
 def gelu_quantize(h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -35,11 +34,9 @@ def gelu_quantize_torch(h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return row_quantize_torch(F.gelu(h, approximate="tanh"), dtype)
 
 
-def gelu_quantize_triton(
-    h: Tensor, dtype: torch.dtype, warps: int = 0, together: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The kernel; `warps`, and the rows of a program: 0 takes the number that suits F."""
-    return launch_rows(_gelu_quantize_kernel, h, dtype, warps, together or ROWS, fuse=True)
+def gelu_quantize_triton(h: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[Tensor, Tensor]:
+    """The kernel; `warps` 0 takes the number that suits F."""
+    return launch_rows(_gelu_quantize_kernel, h, dtype, warps, fuse=True)
 
 
 @jit
@@ -51,33 +48,22 @@ def gelu(h):
 
 @jit
 def _gelu_quantize_kernel(
-    h,
-    q,
-    scales,
-    count,
-    WIDTH: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
-    INTEGER: tl.constexpr,
+    h, q, scales, WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, INTEGER: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.program_id(0).to(tl.int64)
     h += row * WIDTH
     q += row * WIDTH
     ROUND: tl.constexpr = h.dtype.element_ty
     places = tl.arange(0, MAIN)
-    beyond = MAIN + tl.arange(0, TAIL if TAIL else 16)
-    next_a = tl.load(h + places)
-    next_b = tl.load(h + beyond, mask=beyond < WIDTH, other=0.0) if TAIL else next_a
-    end = tl.minimum(row + ROWS, count)
-    for _ in range(ROWS):
-        a = gelu(next_a.to(tl.float32)).to(ROUND).to(tl.float32)
-        b = gelu(next_b.to(tl.float32)).to(ROUND).to(tl.float32) if TAIL else a
-        h += WIDTH
-        if ROWS > 1:  # the next row is on its way while this one is computed
-            more = row + 1 < end
-            next_a = tl.load(h + places, mask=(places < WIDTH) & more, other=0.0)
-            next_b = tl.load(h + beyond, mask=(beyond < WIDTH) & more, other=0.0) if TAIL else next_a
-        store_row(a, b, q, scales + row, places, beyond, row < count, WIDTH, TAIL, INTEGER)
-        q += WIDTH
-        row += 1
+    a = gelu(tl.load(h + places).to(tl.float32)).to(ROUND).to(tl.float32)
+    bits = absmax_bits(a)
+    if TAIL:
+        beyond = MAIN + tl.arange(0, TAIL)
+        inside = beyond < WIDTH
+        b = gelu(tl.load(h + beyond, mask=inside, other=0.0).to(tl.float32)).to(ROUND).to(tl.float32)
+        bits = tl.maximum(bits, absmax_bits(b))
+    scale, reciprocal, stored = row_scale(bits, INTEGER)
+    tl.store(scales + row, stored)
+    tl.store(q + places, quantized(a, scale, reciprocal, INTEGER))
+    if TAIL:
+        tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside)

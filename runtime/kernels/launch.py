@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.errors import first_line
+
 
 class _Absent:
     """Stands for `triton.language` where it is not installed: enough for the kernels' signatures."""
@@ -94,7 +96,7 @@ def trouble(device: torch.device) -> str | None:
         right = torch.equal(x.cpu(), torch.arange(16, dtype=torch.float32) * 2)
     # A missing compiler, an unwritable cache or an old driver each raise something else.
     except Exception as error:  # noqa: BLE001
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None if right else "a small kernel ran, but its numbers are wrong"
 
 

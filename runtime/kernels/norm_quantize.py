@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.kernels.launch import fused, jit, on, row_parts, row_vector, rows_of, tl, warps_for
-from runtime.kernels.row_quantize import room_for_scales, row_quantize_torch
+from runtime.kernels.row_quantize import row_quantize_torch
 from runtime.kernels.rows import absmax_bits, quantized, row_scale
 
 ROWS = 4
@@ -115,9 +115,19 @@ def norm_quantize_triton(
 ) -> tuple[Tensor, Tensor]:
     """The kernel; `warps` and `rows` of a program 0: the numbers that suit D."""
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
-    row_scales = room_for_scales(x, rows or ROWS)
+    row_scales = _room_for_scales(x, rows or ROWS)
     _launch(x, scaling, eps, residual, q, row_scales, warps, rows)
     return q, row_scales
+
+
+def _room_for_scales(x: Tensor, together: int) -> Tensor:
+    """(..., 1) fp32 for the rows of x (..., D), with room behind it for the rows that the last program lacks.
+
+    So a scale is stored without asking: older interpreters of Triton do not look at the mask of one number.
+    """
+    rows = x.numel() // x.shape[-1]
+    room = torch.empty(-(-rows // together) * together, dtype=torch.float32, device=x.device)
+    return room[:rows].view(*x.shape[:-1], 1)
 
 
 def _launch(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.errors import first_line
 from runtime.kernels import configs, launch, w8a8
 from runtime.kernels.configs import Config
 
@@ -61,8 +62,7 @@ def time_candidates(
             samples[name] = [clock(run)]
         # too much shared memory, a compiler's assertion, an unknown format: each raises something else
         except Exception as error:  # noqa: BLE001
-            reason = (str(error).strip().splitlines() or ["no message"])[0]
-            failed.append(Timing(name, None, f"{type(error).__name__}: {reason}"))
+            failed.append(Timing(name, None, f"{type(error).__name__}: {first_line(error)}"))
     best = min((times[0] for times in samples.values()), default=0.0)
     promising = [name for name, times in samples.items() if times[0] <= HOPELESS * best]
     for _ in range(repeats):

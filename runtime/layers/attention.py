@@ -10,6 +10,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 It may leave its result in q's memory; k and v stay as they are."""
 
+Run = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(q, k, v, scale), softmax(q·kᵀ·scale)·v: one backend (`backends.py`), which leaves q as it is too."""
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, bias: Tensor | None = None

@@ -4,10 +4,11 @@
 
 | name | product in | what |
 |---|---|---|
-| sage2 | 8 bits | SageAttention 2, the variant of this GPU: int8 q·kᵀ, fp8 (sm_86: fp16) probabilities |
+| sage2 | 8 bits | SageAttention 2 (`sage.py`) as this GPU has it: int8 q·kᵀ, fp8 or fp16 probabilities |
 | sage2-fp32 | 8 bits | the same with fp32 sums of the second product, where `sage2` takes fp16 ones |
 | sage2-fp16 | 8 bits | int8 q·kᵀ and fp16 probabilities, whose range no outlier exceeds so soon |
 | sage1 | 8 bits | SageAttention 1 (pure Triton): int8 q·kᵀ, fp16 probabilities |
+| hopper-fp8 | 8 bits | our own kernel for Hopper (`hopper_fp8.py`): e4m3, fp32 sums beyond 128 keys |
 | cudnn-fp8 | 8 bits | cuDNN's FP8, through nvidia-cudnn-frontend (`cudnn_fp8.py`): e4m3 all through |
 | flash3, flash2 | 16 bits | the flash-attn packages, where they are installed |
 | sdpa-cudnn, sdpa-flash, sdpa-efficient | 16 bits | torch's kernels |
@@ -16,30 +17,30 @@
 
 An import proves nothing: kernels miss this GPU's architecture, were built for another CUDA, or read beyond
 the last key. So a backend counts when `prove` has run it on this GPU, at lengths that are no multiple of any
-tile, with NaN behind the last key, and its numbers were those of the twin. Sage launches on the legacy
-default stream whatever the current stream is: engine and proof compute on the default stream, or it is
-silently wrong.
+tile, with NaN behind the last key, and at the length of a video with values that all pull one way, where sums
+of few bits lose a third (`one_sided`); and its numbers were those of the twin. Engine and proof compute on
+the default stream: on another one Sage is silently wrong (`sage.py`).
 """
 
-import importlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from runtime.errors import RequestError
+from runtime.errors import RequestError, first_line
 from runtime.kernels.tune import Timing, in_a_row, time_candidates
-from runtime.layers import cudnn_fp8
+from runtime.layers import cudnn_fp8, hopper_fp8, sage
+from runtime.layers.attention import Run
+from runtime.layers.packages import package
 
-Run = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 PROOF_LENGTHS = (1, 63, 65, 513, 1000)
+LONG_PROOF = (128, 32760)  # queries, and the keys of the smallest full video
 BOUNDS = {8: 0.06, 16: 0.01, 32: 4e-3}  # relative RMS distance to fp32; rounding out to bf16 alone is .0018
 _SCORE_BYTES = 2**28  # of fp32 scores that the twin holds at a time
 _HEAD_DIMS_8BIT = (64, 96, 128)
@@ -119,68 +120,8 @@ def _sdpa_with(kernel: SDPBackend, _capability: tuple[int, int]) -> Run:
     return run
 
 
-def _module(name: str) -> ModuleType | None:
-    """A package that may be missing, or broken: built for another torch, without this GPU."""
-    with suppress(ImportError, OSError, RuntimeError, AttributeError):
-        return importlib.import_module(name)
-    return None
-
-
-def _sage2(wanted: str, capability: tuple[int, int]) -> Run | None:
-    """SageAttention 2 as `wanted`: "fast", "fp32" (sums) or "fp16" (probabilities)."""
-    sage = _module("sageattention")
-    if sage is None or not hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda"):
-        return None
-    options: dict[str, object] = {"tensor_layout": "NHD", "is_causal": False}
-    if wanted == "fp16":
-        if capability == (8, 6):
-            return None  # `sage2` is that already
-        return _named(sage, "sageattn_qk_int8_pv_fp16_cuda", {**options, "pv_accum_dtype": "fp32"})
-    if capability in ((8, 0), (8, 6)):
-        kind = "cuda" if capability == (8, 0) else "triton"
-        precise = {"pv_accum_dtype": "fp32"} if kind == "cuda" else {}
-        return (
-            None if wanted == "fp32" else _named(sage, f"sageattn_qk_int8_pv_fp16_{kind}", options | precise)
-        )
-    if capability == (9, 0):
-        options["pv_accum_dtype"] = "fp32+fp32"
-        return None if wanted == "fp32" else _named(sage, "sageattn_qk_int8_pv_fp8_cuda_sm90", options)
-    if capability == (8, 9) or capability[0] == 12:
-        if capability[0] == 12:  # Sage's Triton kernels are unusable there: no quantization per thread
-            options["qk_quant_gran"] = "per_warp"
-        half = half_sums_compiled()
-        if wanted == "fp32" and not half:
-            return None  # `sage2` is that already
-        options["pv_accum_dtype"] = "fp32+fp16" if half and wanted == "fast" else "fp32+fp32"
-        return _named(sage, "sageattn_qk_int8_pv_fp8_cuda", options)
-    return None
-
-
-def half_sums_compiled(version: str | None = torch.version.cuda) -> bool:
-    """Whether SageAttention's fp16 sums exist: compilers before CUDA 12.8 leave a trap in their place."""
-    return version is not None and tuple(int(part) for part in version.split(".")[:2]) >= (12, 8)
-
-
-def _sage1(_capability: tuple[int, int]) -> Run | None:
-    sage = _module("sageattention")
-    if sage is None or hasattr(sage, "sageattn_qk_int8_pv_fp8_cuda"):
-        return None
-    return _named(sage, "sageattn", {"tensor_layout": "NHD", "is_causal": False})
-
-
-def _named(module: ModuleType, name: str, options: dict[str, object]) -> Run | None:
-    function = getattr(module, name, None)
-    if function is None:
-        return None
-
-    def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return function(q, k, v, sm_scale=scale, **options)
-
-    return run
-
-
-def _flash(package: str, _capability: tuple[int, int]) -> Run | None:
-    function = getattr(_module(package), "flash_attn_func", None)
+def _flash(name: str, _capability: tuple[int, int]) -> Run | None:
+    function = getattr(package(name), "flash_attn_func", None)
     if function is None:
         return None
 
@@ -194,10 +135,11 @@ def _flash(package: str, _capability: tuple[int, int]) -> Run | None:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("sage2", 8, partial(_sage2, "fast")),
-        Backend("sage2-fp32", 8, partial(_sage2, "fp32")),
-        Backend("sage2-fp16", 8, partial(_sage2, "fp16")),
-        Backend("sage1", 8, _sage1),
+        Backend("sage2", 8, partial(sage.find_v2, "fast")),
+        Backend("sage2-fp32", 8, partial(sage.find_v2, "fp32")),
+        Backend("sage2-fp16", 8, partial(sage.find_v2, "fp16")),
+        Backend("sage1", 8, sage.find_v1),
+        Backend("hopper-fp8", 8, hopper_fp8.find, lowest=(9, 0), over=hopper_fp8.run_over),
         Backend("cudnn-fp8", 8, cudnn_fp8.find, lowest=(9, 0), over=cudnn_fp8.run_over),
         Backend("flash3", 16, partial(_flash, "flash_attn_interface"), lowest=(9, 0)),
         Backend("flash2", 16, partial(_flash, "flash_attn")),
@@ -259,10 +201,34 @@ def inputs(
     return q, k, v
 
 
+def one_sided(
+    length: int, keys: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `inputs`: half of the keys have one value and half its opposite, and a query looks at one half.
+
+    So that every term of its sum has the same sign, as where half of a picture is sky. What an accumulator of
+    few bits cuts off at each of thousands of terms is then missing: cuDNN's FP8 on Hopper loses 29 %.
+    """
+    generator = torch.Generator(device).manual_seed(keys)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    def sides(count: int) -> Tensor:
+        return noise(count, 1, 1).sign()
+
+    direction, value, side = noise(heads, head_dim), noise(heads, head_dim), sides(keys)
+    q = (2 * sides(length) * direction + 0.1 * noise(length, heads, head_dim))[None]
+    k = (side * direction + 0.1 * noise(keys, heads, head_dim))[None]
+    v = (side * value + 0.1 * noise(keys, heads, head_dim))[None]
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def prove(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> Proof:
     """Run a backend at small and odd lengths against `sdpa-math` in fp32: finite and close, or why not.
 
-    Each length attends to itself and to 512 keys. The bound is that of the backend's precision.
+    Each length attends to itself and to 512 keys, and a few queries to a video's (`one_sided`). The bound is
+    that of the backend's precision.
     """
     return _prove(name, available(name, device), device, dtype, head_dim)
 
@@ -276,22 +242,29 @@ def _prove(name: str, run: Run | None, device: torch.device, dtype: torch.dtype,
     if bits < 32 and dtype == torch.float32 and device.type == "cuda":
         return Proof(name, False, reason="takes 16-bit numbers only")
     worst = 0.0
-    for length in PROOF_LENGTHS:
-        for keys in {length, 512}:
-            q, k, v = inputs(length, keys, 3, head_dim, dtype, device)
-            try:
-                with quiet():
-                    out = run(q, k, v, head_dim**-0.5)
-                distance = _distance(out, math(q.float(), k.float(), v.float(), head_dim**-0.5))
-            # A missing kernel is an assertion here, a CUDA error or an unsupported shape there.
-            except Exception as error:  # noqa: BLE001
-                reason = (str(error).strip().splitlines() or ["no message"])[0]
-                return Proof(name, False, worst, f"{length} on {keys} keys: {type(error).__name__}: {reason}")
-            if not distance <= BOUNDS[bits]:  # NaN is above any bound
-                text = f"{length} on {keys} keys: {distance:.3f} from fp32, expected {BOUNDS[bits]} at most"
-                return Proof(name, False, distance, text)
-            worst = max(worst, distance)
+    for length, keys, make in _cases():
+        q, k, v = make(length, keys, 3, head_dim, dtype, device)
+        try:
+            with quiet():
+                out = run(q, k, v, head_dim**-0.5)
+            distance = _distance(out, math(q.float(), k.float(), v.float(), head_dim**-0.5))
+        # A missing kernel is an assertion here, a CUDA error or an unsupported shape there.
+        except Exception as error:  # noqa: BLE001
+            reason = f"{length} on {keys} keys: {type(error).__name__}: {first_line(error)}"
+            return Proof(name, False, worst, reason)
+        if not distance <= BOUNDS[bits]:  # NaN is above any bound
+            text = f"{length} on {keys} keys: {distance:.3f} from fp32, expected {BOUNDS[bits]} at most"
+            return Proof(name, False, distance, text)
+        worst = max(worst, distance)
     return Proof(name, True, worst)
+
+
+def _cases() -> Iterator[tuple[int, int, Callable[..., tuple[Tensor, Tensor, Tensor]]]]:
+    """(queries, keys, what makes the inputs) of a proof."""
+    for length in PROOF_LENGTHS:
+        for keys in sorted({length, 512}):
+            yield length, keys, inputs
+    yield *LONG_PROOF, one_sided
 
 
 def _distance(out: Tensor, expected: Tensor) -> float:
@@ -320,8 +293,6 @@ def choose(
     forced: str | None = None,
     *,
     avoided: Collection[str] = (),
-    least_bits: int = 8,
-    most_bits: int = 16,
 ) -> Choice:
     """The fastest proven backend for `tokens` queries on `keys` keys (the same tokens unless given).
 
@@ -330,25 +301,26 @@ def choose(
     what is fastest, and no time of all heads is claimed. The length must be about the real one: what an 8-bit
     backend does once for each token weighs four times as much at 8,192 tokens, and there cuDNN's lost to
     torch's on the H200 (3.4 against 2.0 ms) that it beats at 32,760 (27.4 against 38.4).
-    forced: this backend and no other ("auto" is None). avoided: names that are left out, but for the last
-    resort. least_bits, most_bits: the precisions that are asked for; least_bits=16 where there is no memory
-    for 8-bit copies of q, k and v. Where nothing of at most `most_bits` is right, more bits are taken.
+    Few keys (`few_keys`) leave 8 bits out. forced: this backend and no other ("auto" is None). avoided: names
+    that are left out, but for the last resort.
     Raises RequestError for an unknown name and for one that does not work here, with what its trial showed.
     """
     if forced in (None, "auto"):
         keys = tokens if keys is None else keys
-        if few_keys(tokens, keys):
-            least_bits = max(least_bits, 16)
         timed = (min(tokens, TIMED_TOKENS), min(keys, TIMED_TOKENS))
-        wanted = _Wanted(frozenset(avoided), least_bits, most_bits)
-        return _fastest(device, *timed, timed_heads(timed[0], heads), head_dim, dtype, wanted)
-    if forced not in BACKENDS:
-        raise RequestError(f"attention {forced!r} is unknown, expected auto or one of {', '.join(BACKENDS)}")
+        return _fastest(device, *timed, timed_heads(timed[0], heads), head_dim, dtype, frozenset(avoided))
+    check_name(forced)
     proof = prove(forced, device, dtype, head_dim)
     run = available(forced, device)
     if not proof.ok or run is None:
         raise RequestError(f"attention {forced!r} does not work here ({proof.reason}): use --attention auto")
     return Choice(forced, run, (proof,))
+
+
+def check_name(name: str) -> None:
+    """Raise RequestError for a name that no backend has; "auto" is one to ask for."""
+    if name != "auto" and name not in BACKENDS:
+        raise RequestError(f"attention {name!r} is unknown, expected auto or one of {', '.join(BACKENDS)}")
 
 
 def timed_heads(tokens: int, heads: int) -> int:
@@ -361,25 +333,11 @@ def few_keys(tokens: int, keys: int) -> bool:
     return keys <= 1024 < tokens
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """What may be chosen."""
-
-    avoided: frozenset[str]
-    least_bits: int
-    most_bits: int
-
-
-def admitted(
-    found: Sequence[Proof], avoided: Collection[str], least_bits: int = 8, most_bits: int = 16
-) -> list[str]:
-    """Names of the proven backends that may be chosen, in the order of `found`; [] for the last resort.
-
-    More bits than `most_bits` where nothing else is left.
-    """
+def admitted(found: Sequence[Proof], avoided: Collection[str], tokens: int, keys: int) -> list[str]:
+    """Names of the proven backends that may be chosen, in the order of `found`; [] for the last resort."""
+    least_bits = 16 if few_keys(tokens, keys) else 8
     names = [proof.name for proof in found if proof.ok and proof.name not in {*avoided, LAST_RESORT}]
-    names = [name for name in names if BACKENDS[name].bits >= least_bits]
-    return [name for name in names if BACKENDS[name].bits <= most_bits] or names
+    return [name for name in names if BACKENDS[name].bits >= least_bits]
 
 
 def without(found: Sequence[Proof], avoided: Collection[str]) -> tuple[Proof, ...]:
@@ -401,10 +359,10 @@ def _fastest(
     heads: int,
     head_dim: int,
     dtype: torch.dtype,
-    wanted: _Wanted,
+    avoided: frozenset[str],
 ) -> Choice:
-    found = without(proofs(device, dtype, head_dim), wanted.avoided)
-    names = admitted(found, wanted.avoided, wanted.least_bits, wanted.most_bits)
+    found = without(proofs(device, dtype, head_dim), avoided)
+    names = admitted(found, avoided, tokens, keys)
     if device.type != "cuda" or not names:
         name = "sdpa" if "sdpa" in names else LAST_RESORT
         return Choice(name, _must(name, device), found)

@@ -36,13 +36,25 @@ ATTENTION_WORKSPACE = 4
 STATES = 5.0
 """States of all tokens, U each, that an attention in 16 bits has alive: x, q, k, v and its result."""
 
-STATES_8BIT = {"cudnn-fp8": 6.0, "sage1": 7.0, "sage2": 6.5, "sage2-fp16": 6.5, "sage2-fp32": 6.5}
+STATES_8BIT = {
+    "hopper-fp8": 5.5,
+    "cudnn-fp8": 6.0,
+    "sage1": 7.0,
+    "sage2": 6.5,
+    "sage2-fp16": 6.5,
+    "sage2-fp32": 6.5,
+}
 """The same in 8 bits, by backend: x, q, k, v, the 8-bit copies of the last three (half a U each), and the
-result, which cuDNN makes in 8 bits; SageAttention makes its own in 16 and may turn v around in 16 bits first.
-Counted for cudnn-fp8 (`tests/unit/test_cudnn_fp8.py`), read from the published code for Sage."""
+result, which hopper-fp8 puts into q's place and cuDNN makes in 8 bits; SageAttention makes its own in 16 and
+may turn v around in 16 bits first. Counted for the first two (`tests/unit/test_hopper_fp8.py`,
+`test_cudnn_fp8.py`), read from the published code for Sage."""
 
 FASTER_8BIT = 1.4
 """Of an attention in 8 bits against one in 16: 27.4 against 38.4 ms on the H200. Elsewhere a guess."""
+
+LONG_SLICE_STATES = 6.0
+"""States beside an attention in 8 bits for which slices are long where memory is not short: three slices at
+480x832x81, where the least that such an attention needs would make four."""
 
 LONGEST_SLICE = 4096
 """Tokens that a slice has at least, unless memory is short."""
@@ -164,13 +176,15 @@ def reserved(live: int) -> int:
 
 
 def usual_slice(sizes: ModelSizes, video: Geometry, fused: bool, attention: str = "") -> int:
-    """Tokens of a slice where memory is not short: as many as need no more than the attention does.
+    """Tokens of a slice where memory is not short: as many as need no more than the attention does, or six
+    states where it is in 8 bits.
 
-    All slices are as long as each other, in steps of 256 tokens; what they have to themselves is what the
-    attention has beyond the 4U that live throughout (`activations`).
+    All slices are as long as each other, in steps of 256 tokens; what they have to themselves is what there
+    is beyond the 4U that live throughout (`activations`).
     """
     state = video.tokens * sizes.dim * sizes.itemsize
-    room = (STATES_8BIT.get(attention, STATES) - 4) * state
+    states = max(STATES_8BIT[attention], LONG_SLICE_STATES) if attention in STATES_8BIT else STATES
+    room = (states - 4) * state
     each = slice_bytes(sizes, 1024, fused) / 1024
     most = max(int(room / each) // 256 * 256, LONGEST_SLICE)
     even = -(-video.tokens // -(-video.tokens // most))

@@ -25,12 +25,19 @@ class StoredEmbedding(nn.Module):
         self._row_bytes = self._info.nbytes // self.num_embeddings
         self._space = memoryview(mmap.mmap(-1, self._row_bytes + SLACK))
         self._lock = threading.Lock()
+        self._room = 0  # rows that may be kept
+        self._slots: dict[int, int] = {}  # row of the table -> row of what is kept
+        self._kept: Tensor | None = None  # (room, D)
         if self._info.offset is not None:
             files.open(self._info.file)
 
     def extra_repr(self) -> str:
         """The sizes and the file."""
         return f"{self.num_embeddings}, {self.embedding_dim}, rows read from {self._info.file.name}"
+
+    def keep(self, room: int) -> None:
+        """Keep up to `room` rows, once read, on the device of the ids: for one prompt after another."""
+        self._room, self._slots, self._kept = min(room, self.num_embeddings), {}, None
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) or any shape, integers -> (B, L, D) of the compute dtype, on the device of ids.
@@ -42,8 +49,25 @@ class StoredEmbedding(nn.Module):
         if rows.numel() and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_embeddings:
             outside = rows[0] if rows[0] < 0 else rows[-1]
             raise IndexError(f"token {int(outside)} is outside of the table's {self.num_embeddings} rows")
+        if 0 < rows.numel() <= self._room:
+            kept, slots = self._keeping(rows.tolist(), ids.device)
+            return kept[slots[places].to(ids.device)]  # (*ids.shape, D)
         table = self._read(rows).to(self.dtype)  # (unique, D)
         return table[places].to(ids.device)  # (*ids.shape, D)
+
+    def _keeping(self, rows: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """What is kept, (room, D), these rows among it, and where each of them is, (n,) int64."""
+        if self._kept is None or self._kept.device != device:
+            self._slots = {}
+            self._kept = torch.empty(self._room, self.embedding_dim, dtype=self.dtype, device=device)
+        new = [row for row in rows if row not in self._slots]
+        if len(self._slots) + len(new) > self._room:
+            self._slots, new = {}, rows
+        if new:
+            first = len(self._slots)
+            self._kept[first : first + len(new)] = self._read(torch.tensor(new)).to(self.dtype).to(device)
+            self._slots |= {row: first + place for place, row in enumerate(new)}
+        return self._kept, torch.tensor([self._slots[row] for row in rows])
 
     def _read(self, rows: Tensor) -> Tensor:
         """The rows (n,), as stored: (n, D)."""

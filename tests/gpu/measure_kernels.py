@@ -57,9 +57,8 @@ def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# warps and rows of a program
+# warps and rows of a norm's program
 IN_TURN = [(4, 1), (8, 1), (8, 2), (8, 4), (8, 8), (4, 4), (16, 2), (16, 4)]
-IN_TURN_WIDE = [(16, 1), (32, 1), (16, 2), (16, 4), (32, 2), (32, 4)]
 
 
 def copy_rate() -> float:
@@ -90,7 +89,7 @@ def row_kernels(rows: int, repeats: int) -> None:
             (
                 f"row_quantize 5120 {name}",
                 3 * n,
-                {f"w{w} r{r}": partial(row_quantize_triton, x, form, w, r) for w, r in IN_TURN},
+                {f"w{w}": partial(row_quantize_triton, x, form, w) for w in (4, 8, 16)},
                 partial(row_quantize_torch, x, form),
             ),
             (
@@ -120,7 +119,7 @@ def row_kernels(rows: int, repeats: int) -> None:
             (
                 f"gelu_quantize 13824 {name}",
                 3 * f,
-                {f"w{w} r{r}": partial(gelu_quantize_triton, h, form, w, r) for w, r in IN_TURN_WIDE},
+                {f"w{w}": partial(gelu_quantize_triton, h, form, w) for w in (8, 16, 32)},
                 partial(gelu_quantize_torch, h, form),
             ),
         ]

@@ -24,8 +24,8 @@ from runtime.checkpoint.convert import Recipe, write_layout
 from runtime.layers import backends
 from runtime.layers.attention import attend
 from runtime.linear import swap_linears
+from runtime.memory.load import load_streamed
 from runtime.memory.ring import Ring
-from runtime.memory.stream import load_streamed
 from runtime.pipeline import Pipeline
 from runtime.sampler import denoise, draw_noise, schedule
 from runtime.transformer import Transformer, TransformerConfig

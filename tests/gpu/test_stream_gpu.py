@@ -27,8 +27,9 @@ from runtime.checkpoint.convert import Recipe, write_layout
 from runtime.layers.kept_text import KeptText
 from runtime.layers.rope import rope_table
 from runtime.linear import swap_linears
+from runtime.memory.load import load_streamed
 from runtime.memory.ring import Ring
-from runtime.memory.stream import BlockStream, load_streamed
+from runtime.memory.stream import BlockStream
 from runtime.memory.trace import Trace, draw_timeline, overlap, seconds_of
 from runtime.text_encoder import TextEncoder, TextEncoderConfig
 from runtime.transformer import Block, Transformer, TransformerConfig

@@ -83,7 +83,7 @@ def test_attention_is_kept_and_the_next_process_proves_one(tmp_path: Path) -> No
     store = open_store(tmp_path, "cuda:0")
     store.avoid(choice.name, "a test")
     assert choose_attention(store, CUDA, TOKENS, heads=8).name != choice.name
-    sixteen = choose_attention(store, CUDA, TOKENS, heads=8, least_bits=16)
+    sixteen = choose_attention(store, CUDA, TOKENS, keys=512, heads=8)
     assert backends.BACKENDS[sixteen.name].bits >= 16
 
 

@@ -19,13 +19,14 @@ from triton.runtime import interpreter
 
 from runtime.kernels import attention_quantize as passes
 from runtime.kernels import launch
+from runtime.kernels.channel_spread import spread_torch, spread_triton
 from runtime.kernels.launch import E4M3
 from tests.kernel_cases import compare, poison, roundings
 from tests.unit.kernels_in_interpreter import _conversions_round_to_nearest  # noqa: F401
 
 assert launch.INTERPRETED, "set TRITON_INTERPRET=1"
 
-SHAPES = [(1, 65, 2, 128), (1, 1, 1, 64), (2, 70, 2, 64), (1, 600, 1, 16)]
+SHAPES = [(1, 65, 2, 128), (1, 1, 1, 64), (2, 70, 2, 64), (1, 1100, 1, 16)]  # the last: several programs
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -63,9 +64,9 @@ def hard(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_spread(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x = hard(shape, dtype)
-    expected = passes.spread_torch(x)
+    expected = spread_torch(x)
     poison(monkeypatch)
-    got = passes.spread_triton(x)
+    got = spread_triton(x)
     difference = float(((got.mean - expected.mean).abs() / expected.high.abs()).max())
     print(f"spread {shape} {dtype}: largest difference of the mean {difference:.1e}")
     assert torch.equal(got.low, expected.low) and torch.equal(got.high, expected.high)
@@ -79,7 +80,7 @@ def test_to_eight_bits(
     shape: tuple[int, ...], dtype: torch.dtype, rotate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = hard(shape, dtype)
-    found = passes.spread_torch(x)
+    found = spread_torch(x)
     center = passes.rotated(found.mean) if rotate else found.mean
     reach = torch.maximum(found.high - found.mean, found.mean - found.low).clamp_min(1e-3)
     factor = 448 / reach.square().sum(1, keepdim=True).sqrt().expand_as(reach)
@@ -96,17 +97,44 @@ def test_to_eight_bits(
         assert not whole[rows:].float().any() and whole[rows:].float().isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 65, 2, 128), (1, 1, 1, 64), (1, 129, 2, 64), (1, 600, 1, 16)], ids=str)
+def test_to_columns(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = hard(shape, dtype)
+    found = spread_torch(x)
+    factor = 448 / torch.maximum(found.high - found.mean, found.mean - found.low).clamp_min(1e-3)
+    expected = passes.to_columns_torch(x, found.mean, 2 * factor)  # half of the range is beyond e4m3
+    with monkeypatch.context() as patch:
+        poison(patch)
+        got = passes.to_columns_triton(x, found.mean, 2 * factor)
+    print(f"to_columns {shape} {dtype}: {int((expected.float().abs() == 448).sum())} saturated")
+    assert got.shape == expected.shape == (shape[2] * shape[3], -(-shape[1] // 128) * 128)
+    assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    behind = passes.slots(got.shape[1], x.device) >= shape[1]
+    assert not got.view(torch.uint8)[:, behind].any()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_number_does_not_become_a_good_one(bad: float) -> None:
     for rotate in (True, False):
         x = hard((1, 70, 2, 64), torch.bfloat16)
         x[0, 69, 1, 5] = bad
-        found = passes.spread_triton(x)
+        found = spread_triton(x)
         assert found.mean[0].isfinite().all() and not found.mean[1, 5].isfinite()
         ones = torch.ones_like(found.mean)
         q8 = passes.to_eight_bits_triton(x, found.mean * 0, ones / found.high.abs().amax(1)[:, None], rotate)
         assert q8[0, :, 0].float().isfinite().all()
         assert q8[0, 69, 1].float().isnan().any()
+
+
+def test_nan_stays_nan_in_its_column_alone() -> None:
+    x = hard((1, 130, 2, 64), torch.bfloat16)
+    ones = torch.ones(2, 64)
+    x[0, 129, 1, 5] = float("nan")
+    order = passes.slots(256, x.device).tolist()
+    for run in (passes.to_columns_triton, passes.to_columns_torch):
+        bad = run(x, 0 * ones, ones).float().isnan()
+        assert bad.nonzero().tolist() == [[64 + 5, order.index(129)]]
 
 
 @pytest.mark.parametrize("wanted", HALVES, ids=str)

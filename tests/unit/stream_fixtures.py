@@ -20,9 +20,10 @@ from runtime.checkpoint import Checkpoint, load_weights, open_checkpoint
 from runtime.checkpoint.convert import Recipe, write_layout
 from runtime.checkpoint.names import Kind
 from runtime.linear import swap_linears
+from runtime.memory.load import load_streamed
 from runtime.memory.ring import Ring
 from runtime.memory.source import PAGE, System, WeightFiles
-from runtime.memory.stream import BlockStream, load_streamed
+from runtime.memory.stream import BlockStream
 from runtime.transformer import Transformer
 from tests.unit.checkpoint_fixtures import TEXT_ENCODER, TRANSFORMER, on_meta, tensors_of
 

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from demo.eight_bits import tensor_core_sums
 from runtime.errors import RequestError
+from runtime.kernels.attention_quantize import quantize
+from runtime.kernels.launch import E4M3
 from runtime.kernels.tune import Timing
-from runtime.layers import backends
+from runtime.layers import backends, sage
 from runtime.layers.backends import BACKENDS, Backend, Choice, Proof
 
 CPU = torch.device("cpu")
@@ -147,6 +151,55 @@ def test_eight_bits_pass_their_own_bound_and_not_that_of_sixteen(monkeypatch: py
     assert "heads" in backends.prove("rough", CPU, torch.float32, 40).reason
 
 
+def sums_of(promoted: int | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention in e4m3 with the second product's sums in 14 bits, joined in fp32 after `promoted` keys."""
+    given = quantize(q, k, v)
+    out = torch.empty(q.shape)
+    for head in range(q.shape[2]):
+        q8, k8, v8 = (x[0, :, head] for x in (given.q, given.k, given.v))
+        scores = q8.float() @ k8.float().t() * given.descale * scale
+        weights = (scores - scores.amax(1, keepdim=True)).exp()
+        sums = tensor_core_sums((256 * weights).to(E4M3), v8.t(), promoted=promoted)
+        out[0, :, head] = sums / 256 / weights.sum(1, keepdim=True)
+    return (out * given.factor + given.center).to(q.dtype)
+
+
+def test_sums_of_few_bits_are_refused_and_those_of_fp32_beyond_some_keys_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As FP8 tensor cores of Hopper add: over 32,760 keys that pull one way a third is lost."""
+    monkeypatch.setattr(backends, "PROOF_LENGTHS", (65,))
+    monkeypatch.setattr(backends, "LONG_PROOF", (8, 32760))  # few queries: each sum is as long as ever
+    for promoted in (None, 128):
+        run = partial(sums_of, promoted)
+        monkeypatch.setitem(BACKENDS, "cut", Backend("cut", 8, lambda _, run=run: run, lowest=(0, 0)))
+        backends.available.cache_clear()
+        proof = backends.prove("cut", CPU, head_dim=64)
+        print(f"sums of 14 bits, in fp32 after {promoted} keys: {proof}")
+        assert proof.ok is (promoted == 128)
+        if promoted is None:
+            assert 0.2 < proof.distance < 0.4 and proof.reason.startswith("8 on 32760 keys")
+
+
+def test_one_sided_inputs_are_what_they_say() -> None:
+    """Of each query's keys one half has all the weight, and their values one sign in every channel."""
+    length, keys = backends.LONG_PROOF
+    assert keys == 32760, "the smallest full video"
+    q, k, v = (x.float() for x in backends.one_sided(length, keys, 2, 128, torch.bfloat16, CPU))
+    again = backends.one_sided(length, keys, 2, 128, torch.bfloat16, CPU)
+    assert torch.equal(again[1].float(), k) and {x.dtype for x in again} == {torch.bfloat16}
+    for head in range(2):
+        weights = (q[0, :, head] @ k[0, :, head].t() * 128**-0.5).softmax(1)
+        side = (k[0, :, head] @ k[0, 0, head]).sign()  # of each key
+        ours = (weights * (side > 0)).sum(1)
+        assert ((ours > 0.999) | (ours < 0.001)).all() and 0.3 < float((ours > 0.5).float().mean()) < 0.7
+        out = weights @ v[0, :, head]
+        pulled = weights @ v[0, :, head].abs()
+        share = float(out.norm() / pulled.norm())
+        print(f"head {head}: {share:.3f} of what the values could pull")
+        assert share > 0.95
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(RequestError, match="unknown, expected auto or one of sage2"):
         backends.choose(CPU, 100, forced="sage9")
@@ -155,6 +208,10 @@ def test_unknown_names_are_refused() -> None:
     with pytest.raises(RequestError, match="not available"):
         backends.named("flash3", CPU)
     assert backends.named("sdpa", CPU) is backends.sdpa
+    for name in ("auto", *BACKENDS):
+        backends.check_name(name)
+    with pytest.raises(RequestError, match="unknown, expected auto or one of sage2"):
+        backends.check_name("sage9")
 
 
 # --- what is asked of each package ---
@@ -214,8 +271,8 @@ def test_sageattention_2_by_card_and_cuda(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = fake_sage(monkeypatch, *SAGE2, "sageattn")
-    half = backends.half_sums_compiled(cuda)
-    monkeypatch.setattr(backends, "half_sums_compiled", lambda: half)
+    half = sage.half_sums_compiled(cuda)
+    monkeypatch.setattr(sage, "half_sums_compiled", lambda: half)
     monkeypatch.setattr(backends, "capability_of", lambda _: arch)
     run = backends.available(name, CPU)
     if kind is None:
@@ -249,7 +306,7 @@ def test_flash_attention_with_and_without_the_sums(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_trap_of_old_compilers() -> None:
-    assert [backends.half_sums_compiled(v) for v in ("12.4", "12.8", "13.0", None)] == [
+    assert [sage.half_sums_compiled(v) for v in ("12.4", "12.8", "13.0", None)] == [
         False,
         True,
         True,
@@ -331,6 +388,13 @@ def test_cross_attention_takes_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> 
     choice = backends.choose(GPU, 32760, keys=512)
     assert choice.name == "sdpa-cudnn"
     assert backends.rungs(choice, GPU) == ["sdpa-cudnn", "sdpa-flash", "sdpa-math"]
+    assert {timing.name for timing in choice.timings} == {"sdpa-cudnn", "sdpa-flash", "sdpa"}, (
+        "8 bits are not timed"
+    )
+    assert backends.choose(GPU, 1024, keys=1024).name == "sage2", "no cross attention: as many queries"
+    assert backends.choose(GPU, 32760, keys=1025).name == "sage2", "no few keys"
+    pretend(monkeypatch, {name: ms for name, ms in TIMES.items() if BACKENDS[name].bits != 16})
+    assert backends.choose(GPU, 32761, keys=511).name == "sdpa-math"
 
 
 def test_the_rungs_of_a_forced_backend_end_in_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from entrypoint.bench_page import Gauged, Report, goal_of, value_of
 from entrypoint.bench_runs import summed
@@ -21,12 +23,14 @@ from runtime.bench.busy import Kernel, busy
 from runtime.bench.following import following, plain
 from runtime.bench.gauge import Gauge, Reading, summarize
 from runtime.bench.samples import Row, Sample, of_sum
-from runtime.bench.scene import Scene, Where
+from runtime.bench.scene import Scene, Where, condition_of, warm_forward
 from runtime.bench.sizes import Mix, Product, Size, Work, operations, read_sizes, words
 from runtime.bench.targets import FULL, LARGE_SIZE, SMALL_SIZE, TARGETS, Verdict, judge
 from runtime.errors import OutputCheckError, OutputError, RequestError
+from runtime.fitting import Fitting
+from runtime.layers.backends import BACKENDS, Backend, available, sdpa
 from runtime.linear import swap_linears
-from runtime.profiles import load_manifest, load_profile
+from runtime.profiles import find_model, load_manifest, load_profile
 from runtime.transformer import Block, Transformer
 from runtime.ways import Ways
 from tests import tiny
@@ -232,6 +236,73 @@ def test_a_way_is_followed_and_left_again(guarded: bool) -> None:
     assert [(block.self_attn.mix, block.cross_attn.mix) for block in blocks] == before
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
     assert plain(CPU).as_dict() == {"attention": "sdpa", "text_attention": "sdpa", "kernels": "plain"}
+
+
+@pytest.fixture
+def eight(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A backend in 8 bits, `eight`, and the lengths that it computed."""
+    lengths: list[int] = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        lengths.append(q.shape[1])
+        return sdpa(q, k, v, scale)
+
+    monkeypatch.setitem(BACKENDS, "eight", Backend("eight", 8, lambda _: run, lowest=(0, 0)))
+    available.cache_clear()
+    yield lengths
+    available.cache_clear()
+
+
+def scene_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, rooms: Iterator[str]) -> Scene:
+    """On the CPU, with plans that are taken for those of a GPU, and `rooms` for their attention."""
+    prepare = Fitting.prepare
+
+    def prepared(self: Fitting, *given: Any) -> None:
+        prepare(self, *given)
+        assert self.plan is not None
+        self.plan = replace(self.plan, device="cuda", attention=next(rooms))
+
+    monkeypatch.setattr(Fitting, "prepare", prepared)
+    profile = load_profile("cpu")
+    manifest, directory = find_model(checkpoint, profile, None)
+    return Scene(Where(manifest, directory, profile, "cpu", "cpu"), repeats=1, attention="eight")
+
+
+@pytest.mark.parametrize("rooms", [("eight", "eight"), ("eight", ""), ("", "")])
+def test_attention_is_what_the_plan_has_room_for(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, eight: list[int], rooms: tuple[str, str]
+) -> None:
+    """As in a run: when the pipeline loads, and when it is placed for another size."""
+    with scene_of(tiny_checkpoint, monkeypatch, iter(rooms)) as scene:
+        sizes = (Size(32, 48, 5), Size(32, 64, 5))
+        assert [scene.pipe(size).ways.name for size in sizes] == [room or "sdpa" for room in rooms]
+
+
+def test_after_a_shortage_of_memory_too(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, eight: list[int]
+) -> None:
+    """A leaner plan that has no room for 8 bits: the warm-up goes on without them."""
+    with scene_of(tiny_checkpoint, monkeypatch, iter(["eight"])) as scene:
+        pipe = scene.pipe(Size(32, 48, 5))
+        latents, condition = scene.latents(Size(32, 48, 5)), condition_of(pipe, CPU, torch.float32)
+        eight.clear()
+        short = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+        def leaner(phase: str, reason: str) -> None:
+            assert pipe.fitting.plan is not None
+            pipe.fitting.plan = replace(pipe.fitting.plan, attention="")
+
+        def velocity(*given: Any) -> Tensor:
+            made = Transformer.velocity(pipe.parts.transformer, *given)
+            if short:
+                raise short.pop()
+            return made
+
+        monkeypatch.setattr(pipe.fitting, "step_down", leaner)
+        monkeypatch.setattr(pipe.parts.transformer, "velocity", velocity)
+        warm_forward(pipe, latents, condition)
+        assert pipe.ways.name == "sdpa"
+        assert len(eight) == tiny.TRANSFORMER.num_layers  # those of the forward that failed
 
 
 # --- goals ---

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from demo.eight_bits import cudnn_product
 from runtime.kernels import attention_quantize as passes
-from runtime.kernels import launch
+from runtime.kernels import channel_spread, launch
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, cudnn_fp8
 from tests.live_memory import peak_of
@@ -40,26 +41,15 @@ def lifelike(length: int, heads: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return q.bfloat16(), k.bfloat16(), v.bfloat16()
 
 
-def in_eight_bits(
-    q: Tensor, k: Tensor, v: Tensor, descale: Tensor, scale: float, wanted: torch.dtype
-) -> Tensor:
-    """What cuDNN computes: weights in e4m3 after a scale of 256, their sum in fp32."""
-    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
-    scores = q @ k.transpose(-1, -2) * descale * scale
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    out = (weights * 256).to(E4M3).float() / 256 @ v / weights.sum(-1, keepdim=True)
-    return out.transpose(1, 2).to(wanted)
-
-
-def in_eight_bits_throughout(*given: Any) -> Tensor:
-    return in_eight_bits(*given[:5], E4M3)
+def throughout(*given: Any) -> Tensor:
+    return cudnn_product(*given[:5], E4M3)
 
 
 def one_scale_each(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The plain way: each tensor by its largest entry, 448 at most."""
+    """The plain way, each tensor by its largest entry; its result stays in fp32, unlike that of `demo`."""
     scales = [x.float().abs().amax() / 448 for x in (q, k, v)]
-    eight = [(x.float() / s).to(E4M3) for x, s in zip((q, k, v), scales, strict=True)]
-    return in_eight_bits(*eight, scales[0] * scales[1], scale, torch.float32) * scales[2]  # type: ignore[arg-type]
+    q8, k8, v8 = ((x.float() / s).to(E4M3) for x, s in zip((q, k, v), scales, strict=True))
+    return cudnn_product(q8, k8, v8, scales[0] * scales[1], scale, torch.float32) * scales[2]
 
 
 def distance(out: Tensor, expected: Tensor) -> float:
@@ -76,48 +66,84 @@ def test_in_the_interpreter_every_pass_is_its_twin() -> None:
 
 
 SPREAD = {"x": "*bf16", "parts": "*fp32", "rows": "i32", "stride": "i32", "width": "i32"}
-EIGHT = {
-    "x": "*bf16",
-    "out": "*fp8e4nv",
-    "center": "*fp32",
-    "factor": "*fp32",
-    "rows": "i32",
-    "stride": "i32",
-}
+EIGHT = {"x": "*bf16", "out": "*fp8e4nv", "center": "*fp32", "factor": "*fp32"}
+EIGHT |= {"rows": "i32", "padded": "i32", "stride": "i32"}
 BACK = {"out": "*fp8e4nv", "result": "*bf16", "factor": "*fp32", "center": "*fp32", "count": "i32"}
-KERNELS: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
-    "spread": ("_spread_kernel", SPREAD, {"ROWS": 16, "STEPS": 32, "COLUMNS": 128}, 4),
-    **{
-        f"to_eight_bits {'rotated' if rotate else 'plain'} {head}": (
-            "_to_eight_bits_kernel",
-            EIGHT,
-            {"WIDTH": 40 * head, "HEAD": head, "ROWS": 128, "ROTATE": rotate},
-            8,
-        )
-        for rotate, head in ((True, 128), (False, 128), (True, 64))
-    },
-    "restore": ("_restore_kernel", BACK, {"WIDTH": 5120, "ROWS": 8, "COLUMNS": 512}, 8),
+ROWS, EACH = (torch.empty(1, 300, 40, 128, dtype=dtype, device="meta") for dtype in (torch.bfloat16, E4M3))
+ONES = torch.empty(40, 128, device="meta")
+NARROW, ONES_NARROW = ROWS[..., :64].contiguous(), ONES[:, :64]
+# module, kernel, types of its arguments, what launches it
+KERNELS: dict[str, tuple[ModuleType, str, dict[str, str], Callable[[], object]]] = {
+    "spread": (channel_spread, "_spread_kernel", SPREAD, lambda: channel_spread.spread_triton(ROWS)),
+    "to_eight_bits rotated 128": (
+        passes,
+        "_to_eight_bits_kernel",
+        EIGHT,
+        lambda: passes.to_eight_bits_triton(ROWS, ONES, ONES, True),
+    ),
+    "to_eight_bits rotated 64": (
+        passes,
+        "_to_eight_bits_kernel",
+        EIGHT,
+        lambda: passes.to_eight_bits_triton(NARROW, ONES_NARROW, ONES_NARROW, True),
+    ),
+    "to_eight_bits plain 128": (
+        passes,
+        "_to_eight_bits_kernel",
+        EIGHT,
+        lambda: passes.to_eight_bits_triton(ROWS, ONES, ONES, False),
+    ),
+    "to_columns": (
+        passes,
+        "_to_columns_kernel",
+        EIGHT,
+        lambda: passes.to_columns_triton(ROWS, ONES, ONES),
+    ),
+    "restore": (
+        passes,
+        "_restore_kernel",
+        BACK,
+        lambda: passes.restore_triton(EACH, ONES, ONES, torch.bfloat16),
+    ),
 }
+
+
+class Launch:
+    """Stands for a kernel: keeps what it is specialised for, and the compiler's options."""
+
+    def __init__(self) -> None:
+        self.constants: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launched(*_: object, **named: Any) -> None:
+            for name, value in named.items():
+                (self.constants if name.isupper() else self.options)[name] = value
+
+        return launched
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not launch.HAS_TRITON or launch.INTERPRETED, reason="nothing to compile with")
 @pytest.mark.parametrize("arch", [89, 90, 120])
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiles(name: str, arch: int) -> None:
+def test_compiles(name: str, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.unit.test_kernels_compile import ARCHS, SHARED, build
 
     if arch not in ARCHS:
         pytest.skip("this Triton does not know it")
-    kernel, types, constants, warps = KERNELS[name]
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    ptx, shared = build(getattr(passes, kernel), types, constants, arch, **options)
+    module, kernel, types, launches = KERNELS[name]
+    as_launched = Launch()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, kernel, as_launched)
+        launches()
+    given = as_launched.constants, arch
+    ptx, shared = build(getattr(module, kernel), types, *given, **as_launched.options)
     products = ptx.count("wgmma.mma_async") + ptx.count("mma.sync")
     print(f"{name} sm_{arch}: {shared} bytes of shared memory, {products} products")
-    assert re.search(r"ld\.global[\w.:]*v4\.b32", ptx), (
-        "no load of 16 bytes: the rows are read in small pieces"
-    )
-    assert shared <= SHARED[arch] * 1024
+    whole = r"ld\.global[\w.:]*v4\.b32|cp\.async\.cg\.shared\.global [^;]*, 0x10[,;]"
+    assert re.search(whole, ptx), "no load of 16 bytes: the rows are read in small pieces"
+    assert shared <= SHARED[arch] * 1024, f"{shared} bytes of shared memory, of {SHARED[arch]} KiB"
     assert (products > 0) == ("rotated" in name)
 
 
@@ -167,8 +193,8 @@ def test_scales_of_heads_have_one_product() -> None:
 def test_the_passes_take_away_what_ruins_the_plain_way(length: int) -> None:
     for name, (q, k, v) in {"random": random(length), "lifelike": lifelike(length)}.items():
         exact = backends.math(q.float(), k.float(), v.float(), SCALE)
-        eight = distance(cudnn_fp8.through(in_eight_bits_throughout, q, k, v, SCALE), exact)
-        half = distance(cudnn_fp8.through(in_eight_bits, q, k, v, SCALE), exact)
+        eight = distance(cudnn_fp8.through(throughout, q, k, v, SCALE), exact)
+        half = distance(cudnn_fp8.through(cudnn_product, q, k, v, SCALE), exact)
         plain = distance(one_scale_each(q, k, v, SCALE), exact)
         print(f"{name} {length}: e4m3 out {eight:.4f}, bf16 out {half:.4f}; one scale each {plain:.4f}")
         assert half < eight < backends.BOUNDS[8]
@@ -177,7 +203,7 @@ def test_the_passes_take_away_what_ruins_the_plain_way(length: int) -> None:
 
 
 def test_the_result_may_take_the_memory_of_the_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cudnn_fp8, "product", in_eight_bits_throughout)
+    monkeypatch.setattr(cudnn_fp8, "product", throughout)
     q, k, v = random(70)
     expected, before = cudnn_fp8.run(q, k, v, SCALE), (k.clone(), v.clone())
     over = cudnn_fp8.run_over(q, k, v, SCALE)
@@ -190,7 +216,7 @@ def test_the_result_may_take_the_memory_of_the_queries(monkeypatch: pytest.Monke
 def test_equal_keys_and_values_are_exact() -> None:
     q, _, _ = random(70)
     k, v = (torch.full_like(q, value) for value in (-30.0, 1.5))
-    out = cudnn_fp8.through(in_eight_bits_throughout, q, k, v, SCALE)
+    out = cudnn_fp8.through(throughout, q, k, v, SCALE)
     assert torch.equal(out, v)
 
 
@@ -283,7 +309,7 @@ class FakeGraph:
         out = pack[self.results[0].uid]
         assert out.transpose(1, 2).stride() == self.results[0].stride
         q, k, v, descale = (by_name[name] for name in ("q", "k", "v", "descale_q"))
-        out.copy_(in_eight_bits(q, k, v, descale, self.scale, out.dtype))
+        out.copy_(cudnn_product(q, k, v, descale, self.scale, out.dtype))
         for amax in self.results[1:]:
             assert pack[amax.uid].dtype == torch.float32 and amax.output and amax.dim == (1, 1, 1, 1)
         self.runs += 1

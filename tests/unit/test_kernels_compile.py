@@ -41,7 +41,6 @@ ROW = {"WIDTH": 5120, "MAIN": 4096, "TAIL": 1024}
 WIDE = {"WIDTH": 13824, "MAIN": 8192, "TAIL": 8192}
 NORM = {"RESIDUAL": True, "GATED": True, "MODULATED": True, "QUANTIZE": True}
 VECTORS = {"gate": "*fp32", "factor": "*fp32", "addend": "*fp32"}
-OF_NORM = {"count": "i32", "eps": "fp32"}
 VIDEO = {
     "x_batch": "i64",
     "out_batch": "i64",
@@ -53,14 +52,14 @@ VIDEO = {
 CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     "row_quantize": (
         row_quantize._row_quantize_kernel,
-        {"x": "*bf16", "q": "*$", "scales": "*fp32", "count": "i32"},
-        {**ROW, "ROWS": 2},
+        {"x": "*bf16", "q": "*$", "scales": "*fp32"},
+        ROW,
         8,
     ),
     "gelu_quantize": (
         gelu_quantize._gelu_quantize_kernel,
-        {"h": "*bf16", "q": "*$", "scales": "*fp32", "count": "i32"},
-        {**WIDE, "ROWS": 2},
+        {"h": "*bf16", "q": "*$", "scales": "*fp32"},
+        WIDE,
         16,
     ),
     "norm_quantize": (

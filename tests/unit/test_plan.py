@@ -133,8 +133,15 @@ def test_more_memory_never_makes_a_plan_slower(
         return
     after = tried(found, job, larger(budget, more), speeds, wish)
     assert after is not None, "it fitted in less"
-    for phase, estimate in before.seconds.items():
-        assert after.seconds[phase].seconds <= estimate.seconds * (1 + 1e-9), phase
+    # Frames are encoded beside the decode: of a faster one, more of the encoding is left.
+    for phases in (
+        *((phase,) for phase in before.seconds if phase not in ("decode", "mp4")),
+        ("decode", "mp4"),
+    ):
+        then, now = (
+            sum(one.seconds[p].seconds for p in phases if p in one.seconds) for one in (before, after)
+        )
+        assert now <= then * (1 + 1e-9), phases
     assert after.disk_bytes <= before.disk_bytes or after.total_seconds <= before.total_seconds
 
 

@@ -95,3 +95,28 @@ def test_a_streamed_encoder_has_no_table_in_memory(tmp_path: Path) -> None:
         ids, _mask = inputs_of("text_encoder")
         table: Tensor = checkpoint.read(TABLE)
         assert torch.equal(model.token_embedding(ids), table.bfloat16()[ids])
+
+
+def test_rows_that_are_kept_are_read_once_and_are_the_same(tmp_path: Path) -> None:
+    ours, loaded = table_of(tmp_path, torch.float32, torch.bfloat16, "safetensors")
+    ours.keep(8)
+    row = 4 * TEXT_ENCODER.dim
+
+    def read() -> int:
+        counts = ours._files.counts
+        return (counts.cached_bytes + counts.disk_bytes) // row
+
+    steps = [  # ids, rows that were read by then
+        ([[3, 3, 17], [17, 3, 5]], 3),
+        ([[5, 17, 3, 3]], 3),
+        ([[5, 1, 2, 4, 6, 7]], 8),  # eight different ones now: there is room for no other
+        ([[6, 6, 1]], 8),
+        ([[6, 9]], 10),  # all are let go
+        ([[9, 6]], 10),
+        ([list(range(9))], 19),  # more than there is room for: read, and what is kept stays
+        ([[9, 6]], 19),
+    ]
+    for ids, total in steps:
+        given = torch.tensor(ids)
+        assert torch.equal(ours(given), loaded(given)) and read() == total, ids
+    assert ours(torch.empty((1, 0), dtype=torch.long)).shape == (1, 0, TEXT_ENCODER.dim)

@@ -80,6 +80,9 @@ def test_a_denoise_step_is_repeated_on_a_leaner_plan(
     difference = int(np.abs(video.frames.astype(int) - whole.frames.astype(int)).max())
     print(f"after {times} steps down: frames differ by {difference} of 255")
     assert difference <= 1  # shorter slices of tokens may round otherwise, nothing else changes
+    again = run(pipe)[-1].video  # on the leaner plan, to which it did not have to step down
+    assert again is not None and "stepped_down" not in again.metadata
+    assert again.metadata["plan"] == video.metadata["plan"]
 
 
 def test_a_decode_begins_again_with_smaller_tiles(

@@ -20,11 +20,11 @@ from runtime.checkpoint import Checkpoint, open_checkpoint
 from runtime.checkpoint.convert import Recipe, write_layout
 from runtime.errors import WeightsError
 from runtime.memory import stream as stream_module
+from runtime.memory.load import load_part, load_streamed
 from runtime.memory.meter import host_peak
 from runtime.memory.ring import Ring
 from runtime.memory.source import PAGE
 from runtime.memory.stored import matrix_modules
-from runtime.memory.stream import load_part, load_streamed
 from runtime.transformer import Transformer, TransformerConfig
 from tests.unit.checkpoint_fixtures import TRANSFORMER, tensors_of
 from tests.unit.stream_fixtures import (

@@ -451,18 +451,34 @@ def test_what_is_wrong_by_now_is_measured_again(card: dict[str, Any], tmp_path: 
     assert card["proven"] == ["sage2-fp16"], "and it is remembered"
 
 
-def test_sixteen_bits_where_there_is_no_memory_for_eight(card: dict[str, Any], tmp_path: Path) -> None:
+def test_few_keys_take_sixteen_bits(card: dict[str, Any], tmp_path: Path) -> None:
     store = Store(tmp_path, SETTING)
-    choice = choose_attention(store, GPU, 32760, least_bits=16)
+    choice = choose_attention(store, GPU, 32760, 512)
     assert choice.name == "sdpa-cudnn" and card["timed"] == [["sdpa", "sdpa-cudnn"]]
     assert backends.rungs(choice, GPU) == ["sdpa-cudnn", "sdpa", "sdpa-math"]
-    assert choose_attention(store, GPU, 32760).name == "sage2", "eight bits were not timed then"
-    assert choose_attention(store, GPU, 32760, least_bits=16).name == "sdpa-cudnn" and len(card["timed"]) == 2
-    assert choose_attention(store, GPU, 32760, least_bits=32).name == "sdpa-math"
-    assert choose_attention(store, GPU, 32760, most_bits=8).name == "sage2"
-    card["wrong"] |= {"sage2", "sage2-fp16"}
+    assert choose_attention(store, GPU, 32760, 2000).name == "sage2", "these are not few"
+    assert choose_attention(store, GPU, 512).name == "sage2", "nor are these, for as many queries"
     another_process()
-    assert choose_attention(Store(None), GPU, 32760, most_bits=8).name == "sdpa-cudnn"
+    assert choose_attention(Store(tmp_path, SETTING), GPU, 32760, 512).name == "sdpa-cudnn"
+    assert len(card["timed"]) == 3, "and it is remembered"
+
+
+def test_few_keys_take_sixteen_bits_even_where_eight_were_timed(card: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path, SETTING)
+    store.keep_attention(FOUND.model_copy(update={"keys": 512}))
+    assert choose_attention(store, GPU, 32760, 512).name == "sdpa" and not card["timed"]
+    found = {entries[0].name: entries for entries in (FOUND.entries, FOUND.entries[1:], FOUND.entries[2:])}
+    assert [tuning.winner(entries, 30720, 30720) for entries in found.values()] == [*found]
+    assert [tuning.winner(entries, 30720, 512) for entries in found.values()] == ["sdpa", "sdpa", "sdpa-math"]
+
+
+def test_what_is_right_but_was_not_timed_is_timed(card: dict[str, Any], tmp_path: Path) -> None:
+    store = Store(tmp_path, SETTING)
+    untimed = FOUND.entries[0].model_copy(update={"ms": None})
+    store.keep_attention(FOUND.model_copy(update={"entries": (untimed, *FOUND.entries[1:])}))
+    assert choose_attention(store, GPU, 32760, 30720).name == "sage2" and len(card["timed"]) == 1
+    another_process()
+    assert choose_attention(store, GPU, 32760).name == "sage2" and len(card["timed"]) == 1
 
 
 def test_cross_attention_is_remembered_by_itself(card: dict[str, Any], tmp_path: Path) -> None:
@@ -557,9 +573,6 @@ def test_a_way_is_preferred_only_where_it_works(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_file_knows_the_constants_of_the_engine() -> None:
-    from runtime import ways
-
     assert tuning.LONG == backends.TIMED_TOKENS
-    assert tuning.FUSED_KERNELS == ways.FUSED_KERNELS
     assert set(configs.Config.__dataclass_fields__) == set(Tiles.model_fields)
     assert Avoided.model_fields.keys() == {"name", "reason", "date"}

@@ -17,13 +17,13 @@ import runtime.transformer
 from runtime.errors import OutputCheckError, RequestError
 from runtime.guard import Fault, judge
 from runtime.kernels import launch
-from runtime.layers.backends import BACKENDS, Backend, sdpa
+from runtime.layers.backends import BACKENDS, LAST_RESORT, Backend, sdpa
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.stages import Stage
-from runtime.tuning import Store
+from runtime.tuning import FUSED_KERNELS, Store
 from runtime.video import Video, read_metadata
-from runtime.ways import FORMULA, FUSED, FUSED_KERNELS, PLAIN, Ways, choose_ways
+from runtime.ways import FUSED, PLAIN, Ways, choose_ways
 from tests import tiny
 from tests.conftest import Run
 
@@ -217,6 +217,26 @@ def test_undisturbed_runs_fall_back_nowhere(load: Callable[..., Pipeline], usual
     assert not pipe.ways.fell_back
 
 
+def test_a_video_tells_of_its_own_falls_alone(
+    load: Callable[..., Pipeline], add_backend: Callable[..., str], usual: Video
+) -> None:
+    """The second is made in the lower way from its beginning; the third falls again."""
+    spoiler = Spoiler("garbage")
+    pipe = load(add_backend(spoiler), fused=True)
+    spoiler.armed = True
+    first, second = outcome(pipe)[0], outcome(pipe)[0]
+    assert np.array_equal(first.frames, usual.frames) and np.array_equal(second.frames, usual.frames)
+    assert len(first.metadata["fell_back"]) == 1 and "fell_back" not in second.metadata
+    assert first.metadata["ways"] == second.metadata["ways"]
+    assert second.metadata["ways"]["attention"] == "sdpa"
+    stages = pipe.stages(REQUEST)
+    next(stages)
+    pipe.ways.lower_kernels(Fault("a test"), "decode")
+    third = [*stages][-1].video
+    assert third is not None and third.metadata["fell_back"] == pipe.ways.fell_back[1:]
+    assert third.metadata["ways"]["kernels"] == PLAIN and len(pipe.ways.fell_back) == 2
+
+
 @pytest.mark.parametrize("short", [1, 2])
 def test_a_guided_step_that_runs_out_of_memory_is_sampled_whole(
     load: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch, short: int
@@ -343,28 +363,31 @@ def test_the_ladder_by_origin(add_backend: Callable[..., str]) -> None:
             told.append(now.removeprefix("attention "))
         return told
 
-    assert path(["sdpa", FORMULA], "attention", True) == [
+    assert path(["sdpa", LAST_RESORT], "attention", True) == [
         "sdpa-math with fused kernels",
         "sdpa-math with plain kernels",
         "sdpa-math with plain kernels",  # now on the text too
     ]
     eight = add_backend(lambda right: right)
-    assert path([eight, "sdpa", FORMULA], "", True) == [
+    assert path([eight, "sdpa", LAST_RESORT], "", True) == [
         "sdpa with fused kernels",
         "sdpa with plain kernels",
         "sdpa-math with plain kernels",
     ]
-    assert path([eight, "sdpa", FORMULA], "kernels", True)[0] == f"{eight} with plain kernels"
-    assert path(["sdpa", FORMULA], "", True) == ["sdpa with plain kernels", "sdpa-math with plain kernels"]
-    assert path(["sdpa", FORMULA], "kernels", True)[0] == "sdpa with plain kernels"
-    assert path(["sdpa", FORMULA], "", False) == ["sdpa-math with plain kernels"]
+    assert path([eight, "sdpa", LAST_RESORT], "kernels", True)[0] == f"{eight} with plain kernels"
+    assert path(["sdpa", LAST_RESORT], "", True) == [
+        "sdpa with plain kernels",
+        "sdpa-math with plain kernels",
+    ]
+    assert path(["sdpa", LAST_RESORT], "kernels", True)[0] == "sdpa with plain kernels"
+    assert path(["sdpa", LAST_RESORT], "", False) == ["sdpa-math with plain kernels"]
 
 
 def test_what_is_avoided_is_not_chosen_and_a_record_is_followed(add_backend: Callable[..., str]) -> None:
     size = (96, 16, 2, 64, torch.float32)
     name = add_backend(lambda right: right)
     assert choose_ways("cpu", *size).name == "sdpa"
-    assert choose_ways("cpu", *size, FORMULA).name == FORMULA
+    assert choose_ways("cpu", *size, LAST_RESORT).name == LAST_RESORT
     made = choose_ways("cpu", *size, name, memory=Remembering(name, "sdpa"))
     assert made.name == name and "wrong numbers on this GPU before" in made.take_notes()[0]
     assert made.lower(Fault("bad", "attention"), "step") == "attention sdpa-math with plain kernels"
@@ -384,10 +407,10 @@ def test_what_is_avoided_is_not_chosen_and_a_record_is_followed(add_backend: Cal
 
 
 def test_an_attention_is_asked_for_told_and_kept(small: Run, t2v: Run) -> None:
-    done = small("--attention", FORMULA, "--output", "a.mp4")
+    done = small("--attention", LAST_RESORT, "--output", "a.mp4")
     assert done.exit_code == 0, done.stderr
     record = read_metadata(Path("a.mp4"))
-    assert record["ways"]["attention"] == FORMULA
+    assert record["ways"]["attention"] == LAST_RESORT
     again = t2v("rerun", "a.mp4", "--output", "b.mp4")
     assert again.exit_code == 0, again.stderr
     assert read_metadata(Path("b.mp4"))["ways"] == record["ways"]

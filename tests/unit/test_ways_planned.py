@@ -2,18 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from runtime.layers.backends import BACKENDS, Backend, sdpa
+from runtime.layers.backends import BACKENDS, LAST_RESORT, Backend, sdpa
+from runtime.memory.plan import Plan
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from runtime.ways import FORMULA, Ways
+from runtime.ways import Ways
 from tests import tiny
 
 REQUEST = Request(prompt=tiny.PROMPTS[0], **tiny.SMALL)  # type: ignore[arg-type]
-LADDER = ("eight", "sdpa", FORMULA)
+LADDER = ("eight", "sdpa", LAST_RESORT)
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +23,18 @@ def eight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "eight", Backend("eight", 8, lambda _: sdpa, lowest=(0, 0)))
 
 
+def plan(device: str, attention: str) -> Plan:
+    """What a way looks at, of a plan."""
+    return SimpleNamespace(device=device, attention=attention)  # type: ignore[return-value]
+
+
 def test_room_for_8_bits_or_none() -> None:
     ways = Ways("cpu", LADDER)
     assert ways.eight_bits == "eight"
-    assert not ways.keep_to("eight") and ways.name == "eight" and not ways.take_notes()
-    assert ways.keep_to("") and ways.name == "sdpa" and ways.eight_bits == ""
-    assert not ways.keep_to("") and len(ways.take_notes()) == 1 and not ways.fell_back
+    for plenty in (plan("cuda", "eight"), plan("cpu", ""), None):
+        assert not ways.keep_to(plenty) and ways.name == "eight" and not ways.take_notes()
+    assert ways.keep_to(plan("cuda", "")) and ways.name == "sdpa" and ways.eight_bits == ""
+    assert not ways.keep_to(plan("cuda", "")) and len(ways.take_notes()) == 1 and not ways.fell_back
 
 
 @pytest.mark.parametrize("attention", ["eight", ""])

@@ -6,6 +6,7 @@ import random
 import struct
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,4 +67,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def parts(directory: Path) -> dict[str, int]:
     """Sizes of what has arrived and is not in place."""
-    return {path.name.rsplit(".", 2)[0]: path.stat().st_size for path in (directory / ".t2v").rglob("*.part")}
+    found = {}
+    for path in (directory / ".t2v").rglob("*.part"):
+        with suppress(FileNotFoundError):  # it came to its place while this looks
+            found[path.name.rsplit(".", 2)[0]] = path.stat().st_size
+    return found
