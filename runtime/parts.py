@@ -16,6 +16,7 @@ from runtime.loading import DTYPES, ModelFiles, OnBytes
 from runtime.memory.allocator import cap
 from runtime.memory.plan import Blocks, Plan
 from runtime.memory.ring import Ring
+from runtime.memory.sizes import KEPT_ROWS
 from runtime.memory.stream import BlockStream
 from runtime.memory.visit import give_back, visiting
 from runtime.schema import ModelManifest, Profile
@@ -109,7 +110,7 @@ class PlannedParts(Parts):
         self._plan: Plan | None = None
         self._ring: Ring | None = None
         self._stream: BlockStream | None = None
-        self._encoder: TextEncoder | None = None  # when it is resident
+        self._encoder: tuple[TextEncoder, BlockStream] | None = None  # when it is resident
         self._entry_here = False
         self._kept = ()
 
@@ -141,7 +142,10 @@ class PlannedParts(Parts):
 
     def load_bytes(self, plan: Plan) -> int:
         """As the headers tell; the blocks come later, most of them during the first forward."""
-        encoder = self._files.text_encoder.nbytes if plan.text == "resident" else 0
+        encoder = 0
+        if plan.text == "resident":
+            file = self._files.text_encoder
+            encoder = file.nbytes - file.tensors["token_embedding.weight"].nbytes
         return encoder + self._files.vae.nbytes
 
     def follow(self, plan: Plan, on_bytes: OnBytes | None = None) -> None:
@@ -159,7 +163,7 @@ class PlannedParts(Parts):
         else:
             self._drop_text()
         if plan.text != "resident":
-            self._encoder = None
+            self._drop_encoder()
         if not plan.vae_stays and next(self.whole_vae.parameters()).device.type != "cpu":
             self.whole_vae.to("cpu")
         if plan.blocks.slots and self._entry_here:
@@ -170,22 +174,20 @@ class PlannedParts(Parts):
 
     def _load(self, plan: Plan, on_bytes: OnBytes | None) -> None:
         files, manifest = self._files, self._manifest
-        self._encoder = None  # of an attempt that ran out of memory
+        self._drop_encoder()  # of an attempt that ran out of memory
         self.transformer, self._stream = loading.stream_transformer(
             *(files.transformer, manifest, self.device, self._dtype, plan.blocks, self.ring, on_bytes),
             preload=False,
         )
         home = self.device if plan.vae_stays else "cpu"
         try:
+            if plan.text == "resident":
+                self._encoder = self._placed_encoder(plan, on_bytes)
             if plan.text != "streamed":
                 self._fetch_early()
             self.whole_vae = loading.load_vae(
                 files.vae, manifest, home, self._vae_dtype, on_bytes, encoder=False
             )
-            if plan.text == "resident":
-                self._encoder = loading.load_text_encoder(
-                    files.text_encoder, manifest, self.device, self._dtype, on_bytes
-                )
         except BaseException:
             self._stream.close()  # a leaner plan loads anew
             self._stream = None
@@ -205,16 +207,9 @@ class PlannedParts(Parts):
     def text_encoder(self) -> Iterator[TextEncoder]:
         """The encoder: resident, or built for the block with its matrices streaming."""
         if self._encoder is not None:
-            yield self._encoder
+            yield self._encoder[0]
             return
-        encoder, stream = loading.stream_text_encoder(
-            self._files.text_encoder,
-            self._manifest,
-            self.device,
-            self._dtype,
-            Blocks((), (), self.plan.text_slots),
-            self.ring,
-        )
+        encoder, stream = self._placed_encoder(self.plan)
         try:
             stream.expect(1)
             yield encoder
@@ -222,6 +217,20 @@ class PlannedParts(Parts):
             stream.close()
             del encoder
             give_back(self.device)
+
+    def _placed_encoder(self, plan: Plan, on_bytes: OnBytes | None = None) -> tuple[TextEncoder, BlockStream]:
+        """The encoder with all blocks on the device, or with all of them coming through the plan's slots."""
+        file = self._files.text_encoder
+        stays = plan.text == "resident"
+        every = tuple(range(int(file.sizes()["num_layers"])))
+        placement = Blocks(every, (), 0) if stays else Blocks((), (), plan.text_slots)
+        where = (file, self._manifest, self.device, self._dtype, placement, self.ring, on_bytes)
+        return loading.stream_text_encoder(*where, kept_rows=KEPT_ROWS if stays else 0)
+
+    def _drop_encoder(self) -> None:
+        if self._encoder is not None:
+            self._encoder[1].close()
+            self._encoder = None
 
     def conditions(self, timesteps: Tensor, texts: list[Tensor]) -> list[list[Condition]]:
         """As for `Parts`; the entry comes from the file and leaves again, unless all blocks are resident."""
@@ -273,7 +282,7 @@ class PlannedParts(Parts):
         self._drop_text()
         if self._stream is not None:
             self._stream.close()
-        self._encoder = None
+        self._drop_encoder()
         if self._ring is not None:
             self._ring.close()
         give_back(self.device)

@@ -168,7 +168,7 @@ def device_parts(inputs: Inputs, choice: Choice) -> Parts:
     stays = {} if choice.slots else {"embeddings": sizes.entry}
     encoder = {}
     if choice.text == "resident":
-        whole = sizes.text.count * sizes.text.matrices + sizes.text.small + sizes.token_table
+        whole = sizes.text.count * sizes.text.matrices + sizes.text.small + sizes.token_rows
         encoder = {"text encoder": whole}
     # On the CPU a model at rest lies where it computes.
     vae = {"VAE": vae_bytes(sizes)} if choice.vae_stays or cpu else {}

@@ -62,7 +62,9 @@ class Feeder:
             epoch.paused = False
             if epoch.allowed is not None:
                 epoch.allowed = max(epoch.allowed, epoch.passes + 1)
-        self.start()
+            here = sum(home.loaded for home in self.residents.values()) == len(self.blocks)
+        if not here:  # else another stream keeps the ring
+            self.start()
         return epoch
 
     def start(self) -> None:

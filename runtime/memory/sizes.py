@@ -25,6 +25,9 @@ has."""
 STORED_BIAS = 4
 """Bytes of one bias of an 8-bit Linear where no file tells: published files have fp32, none has more."""
 
+KEPT_ROWS = 4096
+"""Rows of the token embedding for one prompt after another: those of their words, 512 a prompt at most."""
+
 _FP32 = ("time_embedding", "time_projection", "modulation", "norm", "head")  # Transformer.FP32_PARAMETERS
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _TRANSFORMER_MATRIX = re.compile(r"((self|cross)_attn\.[qkvo]|ffn\.[02])\.weight")
@@ -82,9 +85,9 @@ class ModelSizes:
     text_dim: of the transformer; text_ffn, text_heads: of the text encoder, whose width is text_dim. entry:
     the time and text embeddings, which visit before the first step, bytes; entry_host: RAM that the largest
     of their tensors takes on its way. ends: patch embedding and head, bytes. text: the text encoder's
-    blocks; token_table: its token embedding, which is not loaded where blocks stream. rest: bytes of the
-    files that are read beside the blocks (entry, ends, small, VAE). itemsize, vae_itemsize: bytes of an
-    activation.
+    blocks; token_rows: the rows of its token embedding that are kept where it is resident, the table itself
+    stays in its file. rest: bytes of the files that are read beside the blocks (entry, ends, small, VAE).
+    itemsize, vae_itemsize: bytes of an activation.
     """
 
     quantization: str
@@ -101,7 +104,7 @@ class ModelSizes:
     text_dim: int
     text_ffn: int
     text_heads: int
-    token_table: int
+    token_rows: int
     vae_base_dim: int
     itemsize: int
     vae_itemsize: int
@@ -153,7 +156,7 @@ def sizes_of_manifest(manifest: ModelManifest, dtype: str, vae_dtype: str = "bf1
         text_dim=text.dim,
         text_ffn=text.dim_ffn,
         text_heads=text.num_heads,
-        token_table=text.vocab_size * text.dim * itemsize,
+        token_rows=min(text.vocab_size, KEPT_ROWS) * text.dim * itemsize,
         vae_base_dim=vae.base_dim,
         itemsize=itemsize,
         vae_itemsize=ITEMSIZE[vae_dtype],
@@ -297,7 +300,7 @@ def sizes_of_files(
         text_dim=text_shown["dim"],
         text_ffn=text_shown["dim_ffn"],
         text_heads=text_shown["num_heads"],
-        token_table=text_shown["vocab_size"] * text_shown["dim"] * itemsize,
+        token_rows=min(text_shown["vocab_size"], KEPT_ROWS) * text_shown["dim"] * itemsize,
         vae_base_dim=vae.sizes()["base_dim"],
         itemsize=itemsize,
         vae_itemsize=ITEMSIZE[vae_dtype],
