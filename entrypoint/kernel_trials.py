@@ -126,7 +126,7 @@ def _times(names: list[str], device: "torch.device") -> dict[str, float]:
 
     tokens = backends.TIMED_TOKENS
     try:
-        heads = backends.timed_heads(tokens, HEADS)
+        heads = backends.timed_heads(tokens, HEADS, device)
         given = backends.inputs(tokens, tokens, heads, HEAD_DIM, torch.bfloat16, device)
         runs = {name: partial(backends.named(name, device), *given, HEAD_DIM**-0.5) for name in names}
         found = time_candidates(runs, repeats=3, clock=in_a_row)

@@ -46,7 +46,10 @@ _SCORE_BYTES = 2**28  # of fp32 scores that the twin holds at a time
 _HEAD_DIMS_8BIT = (64, 96, 128)
 LAST_RESORT = "sdpa-math"  # never left out
 TIMED_TOKENS = 30720  # at most, in trials; the smallest full video has 32,760
-TIMED_ROWS = 5 * 32768  # of all heads: 40 MiB for each 16-bit tensor of heads of 128
+# Rows of all heads for each multiprocessor: on an H200 20 of 40 heads at the length of a video (150 MiB for
+# each 16-bit tensor), 12 ms. Five take 3 ms, little more than the host needs to launch what surrounds an
+# attention in 8 bits: a slow host made the faster one the slower.
+TIMED_ROWS = 20 * 32768 // 132
 _TILE = 64  # fewer queries or keys are none for cuDNN
 
 
@@ -164,6 +167,11 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=rf"{__name__.replace('.', '[.]')}$")
         yield
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
@@ -308,7 +316,8 @@ def choose(
     if forced in (None, "auto"):
         keys = tokens if keys is None else keys
         timed = (min(tokens, TIMED_TOKENS), min(keys, TIMED_TOKENS))
-        return _fastest(device, *timed, timed_heads(timed[0], heads), head_dim, dtype, frozenset(avoided))
+        some = timed_heads(timed[0], heads, device)
+        return _fastest(device, *timed, some, head_dim, dtype, frozenset(avoided))
     check_name(forced)
     proof = prove(forced, device, dtype, head_dim)
     run = available(forced, device)
@@ -323,9 +332,12 @@ def check_name(name: str) -> None:
         raise RequestError(f"attention {name!r} is unknown, expected auto or one of {', '.join(BACKENDS)}")
 
 
-def timed_heads(tokens: int, heads: int) -> int:
-    """How many of `heads` heads are timed at a length: as many as fill a GPU and take little memory."""
-    return max(1, min(heads, TIMED_ROWS // max(tokens, 1)))
+def timed_heads(tokens: int, heads: int, device: torch.device) -> int:
+    """How many of `heads` heads are timed at a length: as many as keep the GPU busy for a while."""
+    if device.type != "cuda":
+        return 1
+    rows = TIMED_ROWS * processors_of(device)
+    return max(1, min(heads, rows // max(tokens, 1)))
 
 
 def few_keys(tokens: int, keys: int) -> bool:

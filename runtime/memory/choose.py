@@ -30,7 +30,7 @@ from runtime.memory.account import (
     pass_seconds,
     times,
 )
-from runtime.memory.costs import LONGEST_SLICE, MIB, usual_slice
+from runtime.memory.costs import LONGEST_SLICE, MIB, free_slice, usual_slice
 from runtime.memory.decode_costs import rungs
 
 BEFORE_DECODE = ("text", "entry", "denoise")
@@ -135,9 +135,11 @@ def _chunk(inputs: Inputs) -> int:
 
 def _slices(inputs: Inputs, attention: str = "") -> tuple[int | None, ...]:
     """Slices of tokens to try, the usual first: on the CPU all tokens at once."""
-    usual = usual_slice(inputs.sizes, inputs.job.video, inputs.fused, attention)
-    longer = (usual,) if usual == LONGEST_SLICE or inputs.device == "cpu" else (usual, LONGEST_SLICE)
-    return (*(() if inputs.device == "cuda" else (None,)), *longer, *SHORT_SLICES)
+    what = (inputs.sizes, inputs.job.video, inputs.fused, attention)
+    usual = usual_slice(*what)
+    if inputs.device == "cpu":
+        return (None, usual, *SHORT_SLICES)
+    return (*sorted({usual, free_slice(*what), LONGEST_SLICE}, reverse=True), *SHORT_SLICES)
 
 
 def _leanest_start(inputs: Inputs, attention: str) -> Choice:

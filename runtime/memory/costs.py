@@ -178,13 +178,22 @@ def reserved(live: int) -> int:
 def usual_slice(sizes: ModelSizes, video: Geometry, fused: bool, attention: str = "") -> int:
     """Tokens of a slice where memory is not short: as many as need no more than the attention does, or six
     states where it is in 8 bits.
-
-    All slices are as long as each other, in steps of 256 tokens; what they have to themselves is what there
-    is beyond the 4U that live throughout (`activations`).
     """
-    state = video.tokens * sizes.dim * sizes.itemsize
     states = max(STATES_8BIT[attention], LONG_SLICE_STATES) if attention in STATES_8BIT else STATES
-    room = (states - 4) * state
+    return _slice_within(states, sizes, video, fused)
+
+
+def free_slice(sizes: ModelSizes, video: Geometry, fused: bool, attention: str = "") -> int:
+    """Tokens of the longest slice that needs no more than the attention does; at least LONGEST_SLICE."""
+    return _slice_within(STATES_8BIT.get(attention, STATES), sizes, video, fused)
+
+
+def _slice_within(states: float, sizes: ModelSizes, video: Geometry, fused: bool) -> int:
+    """Tokens of a slice for which, beside the 4U that live throughout (`activations`), so many U suffice.
+
+    All slices are as long as each other, in steps of 256 tokens.
+    """
+    room = (states - 4) * video.tokens * sizes.dim * sizes.itemsize
     each = slice_bytes(sizes, 1024, fused) / 1024
     most = max(int(room / each) // 256 * 256, LONGEST_SLICE)
     even = -(-video.tokens // -(-video.tokens // most))

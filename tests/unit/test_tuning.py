@@ -374,6 +374,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     )
     monkeypatch.setattr(backends, "prove", prove)
     monkeypatch.setattr(backends, "inputs", lambda *_: (None, None, None))
+    monkeypatch.setattr(backends, "processors_of", lambda _: 132)
     monkeypatch.setattr(backends, "time_candidates", timed)
     yield here
     for function in functions:
