@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from runtime.kernels.attention_quantize import quantize_by_sample, slots
+from runtime.kernels.attention_in_columns import attend_torch
+from runtime.kernels.attention_quantize import quantize_by_sample
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, cudnn_fp8
 from runtime.linear import Fp8Linear
@@ -98,13 +99,9 @@ def hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     outs = []
     for one in zip(*(x.bfloat16().split(1) for x in (q, k, v)), strict=True):
         given = quantize_by_sample(*one)
-        heads, head_dim = q.shape[2:]
-        v8 = torch.empty_like(given.v.view(heads, head_dim, -1).movedim(2, 0))  # (S', H, D)
-        v8[slots(len(v8), q.device)] = given.v.view(heads, head_dim, -1).movedim(2, 0)
-        each = given.descale.view(-1, 1, 1)
-        out = cudnn_product(given.q, given.k, v8[None, : k.shape[1]], each, scale, torch.float32)
-        outs.append((out * given.factor + given.center).bfloat16())
-    return torch.cat(outs).to(q.dtype)
+        rest = (given.v, given.descale, given.factor, given.center, scale)
+        outs.append(attend_torch(given.q[0], given.k[0], *rest).bfloat16())
+    return torch.stack(outs).to(q.dtype)
 
 
 def one_scale_each(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from runtime.kernels.launch import fused, jit, tl
 from runtime.kernels.row_quantize import launch_rows, row_quantize_torch
-from runtime.kernels.rows import absmax_bits, quantized, row_scale
+from runtime.kernels.rows import store_row
 
 
 def gelu_quantize(h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -56,14 +56,9 @@ def _gelu_quantize_kernel(
     ROUND: tl.constexpr = h.dtype.element_ty
     places = tl.arange(0, MAIN)
     a = gelu(tl.load(h + places).to(tl.float32)).to(ROUND).to(tl.float32)
-    bits = absmax_bits(a)
+    b, beyond, inside = a, places, places < WIDTH
     if TAIL:
         beyond = MAIN + tl.arange(0, TAIL)
         inside = beyond < WIDTH
         b = gelu(tl.load(h + beyond, mask=inside, other=0.0).to(tl.float32)).to(ROUND).to(tl.float32)
-        bits = tl.maximum(bits, absmax_bits(b))
-    scale, reciprocal, stored = row_scale(bits, INTEGER)
-    tl.store(scales + row, stored)
-    tl.store(q + places, quantized(a, scale, reciprocal, INTEGER))
-    if TAIL:
-        tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside)
+    store_row(a, b, q, scales + row, places, beyond, inside, TAIL, INTEGER)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.launch import FLOOR, QMAX, fused, jit, on, row_parts, rows_of, tl, warps_for
-from runtime.kernels.rows import absmax_bits, quantized, row_scale
+from runtime.kernels.rows import store_row
 
 
 def row_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -91,14 +91,9 @@ def _row_quantize_kernel(
     q += row * WIDTH
     places = tl.arange(0, MAIN)
     a = tl.load(x + places).to(tl.float32)
-    bits = absmax_bits(a)
+    b, beyond, inside = a, places, places < WIDTH
     if TAIL:
         beyond = MAIN + tl.arange(0, TAIL)
         inside = beyond < WIDTH
         b = tl.load(x + beyond, mask=inside, other=0.0).to(tl.float32)
-        bits = tl.maximum(bits, absmax_bits(b))
-    scale, reciprocal, stored = row_scale(bits, INTEGER)
-    tl.store(scales + row, stored)
-    tl.store(q + places, quantized(a, scale, reciprocal, INTEGER))
-    if TAIL:
-        tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside)
+    store_row(a, b, q, scales + row, places, beyond, inside, TAIL, INTEGER)

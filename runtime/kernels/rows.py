@@ -45,3 +45,16 @@ def quantized(y, scale, reciprocal, INTEGER: tl.constexpr):
     else:
         entry = ratio.to(tl.float8e4nv)
     return entry
+
+
+@jit
+def store_row(a, b, q, scale_place, places, beyond, inside, TAIL: tl.constexpr, INTEGER: tl.constexpr):
+    """A row to eight bits, with its scale: its main part a and, with TAIL, the rest b, as far as `inside`."""
+    bits = absmax_bits(a)
+    if TAIL:
+        bits = tl.maximum(bits, absmax_bits(b))
+    scale, reciprocal, stored = row_scale(bits, INTEGER)
+    tl.store(scale_place, stored)
+    tl.store(q + places, quantized(a, scale, reciprocal, INTEGER))
+    if TAIL:
+        tl.store(q + beyond, quantized(b, scale, reciprocal, INTEGER), mask=inside)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from runtime.kernels import attention_quantize as passes
 from runtime.kernels import channel_spread, launch
+from runtime.kernels.attention_in_columns import attend_torch
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, hopper_fp8
 from runtime.layers.attention import attend
@@ -43,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
     def run(q8: Tensor, *given: Any) -> Tensor:
         seen.append(q8.shape)
-        return given[-1].copy_(kernel.attend_torch(q8, *given[:-1]))
+        return given[-1].copy_(attend_torch(q8, *given[:-1]))
 
     monkeypatch.setattr(hopper_fp8, "_kernel", lambda: SimpleNamespace(attend=run))
     return seen
@@ -105,9 +106,9 @@ def test_columns_are_the_values_in_slots(length: int) -> None:
 
 def by_sample(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     given = passes.quantize_by_sample(q, k, v)
-    return kernel.attend_torch(
-        given.q[0], given.k[0], given.v, given.descale, given.factor, given.center, SCALE
-    )[None]
+    return attend_torch(given.q[0], given.k[0], given.v, given.descale, given.factor, given.center, SCALE)[
+        None
+    ]
 
 
 def one_sided(length: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
