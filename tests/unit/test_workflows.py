@@ -226,7 +226,7 @@ def test_a_format_that_fails_fails_the_run_and_hides_no_other(gpu_runner: FakeMa
 
 
 def test_the_smoke_test_asks_for_what_the_scorer_has(gpu_runner: FakeMachine) -> None:
-    assert gpu_runner.run(SMOKE, "found").returncode == 0
+    assert gpu_runner.run(SMOKE, gpu_runner.root / "found").returncode == 0
     accepted = set(re.findall(r"\"(--[a-z-]+)\"", (ROOT / "demo" / "evaluate.py").read_text()))
     calls = [
         call.split("demo.evaluate")[1] for call in gpu_runner.called("docker") if "demo.evaluate" in call
