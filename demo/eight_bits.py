@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from runtime.kernels.attention_in_columns import attend_torch
-from runtime.kernels.attention_quantize import quantize_by_sample
+from runtime.kernels.attention_quantize import quantize_by_sample, values_by_sample
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, cudnn_fp8
+from runtime.layers.compact_qk import QKScales, RunCompact
 from runtime.linear import Fp8Linear
 from runtime.linear.module import rescale
 
@@ -104,6 +105,22 @@ def hopper(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.stack(outs).to(q.dtype)
 
 
+def hopper_compact(
+    q8: Tensor, k8: Tensor, v: Tensor, scales: QKScales, scale: float, out: Tensor | None = None
+) -> Tensor:
+    """The same of compact queries and keys, as in a run (`hopper_fp8.run_compact`)."""
+    outs = []
+    for q, k, values in zip(q8, k8, v.bfloat16().split(1), strict=True):
+        made = attend_torch(q, k, *_in_columns(values, scales), scale)
+        outs.append(made.bfloat16().to(v.dtype))
+    return torch.stack(outs) if out is None else out.copy_(torch.stack(outs))
+
+
+def _in_columns(v: Tensor, scales: QKScales) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns, factor, center = values_by_sample(v)
+    return columns, scales.levels.descale, factor, center
+
+
 def one_scale_each(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """FP8 attention without care: each tensor by its largest entry. Only to see what care is worth."""
     scales = [x.float().abs().amax() / E4M3_TOP for x in (q, k, v)]
@@ -122,6 +139,9 @@ TWINS: dict[str, Run] = {
     "sdpa-math": backends.math,
 }
 """What stands on a CPU for the backend of this name; `sage2` with the fp16 sums of sm_89 and sm_120."""
+
+COMPACT_TWINS: dict[str, RunCompact] = {"hopper-fp8": hopper_compact}
+"""The same for backends that take compact queries and keys."""
 
 # --- sums of 14 bits ---
 

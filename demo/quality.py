@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from demo.eight_bits import FRACTION, TWINS, Run, use_tensor_core_sums
+from demo.eight_bits import COMPACT_TWINS, FRACTION, TWINS, Run, use_tensor_core_sums
 from demo.evaluate import MODELS
 from demo.scenes import HELD_OUT_SCENES, Scene
 from demo.score import score_video, shares, table
@@ -32,6 +32,7 @@ from runtime.checkpoint import load_weights
 from runtime.kernels.launch import twins
 from runtime.layers import backends
 from runtime.layers.attention import Attend, attend
+from runtime.layers.compact_qk import MixCompact, QKScales, RunCompact
 from runtime.linear import swap_linears
 from runtime.loading import DTYPES
 from runtime.profiles import load_manifest
@@ -150,20 +151,37 @@ def asked(count: int, first: int = 0) -> list[Scene]:
     return [HELD_OUT_SCENES[(first + number) % len(HELD_OUT_SCENES)] for number in range(count)]
 
 
-def one_by_one(run: Run) -> Attend:
-    """`run` for each video of a batch alone, as in a run of the engine: videos share no scale."""
+class OneByOne:
+    """`run` for each video of a batch alone, as in a run of the engine: videos share no scale.
 
-    def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    compact: what takes compact queries and keys, if the backend does: in a run it alone is called.
+    """
+
+    def __init__(self, run: Run, compact: RunCompact | None = None) -> None:
+        self._run, self._run_compact = run, compact
+        self.compact: MixCompact | None = None if compact is None else self._of_compact
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `attend`."""
         rows = zip(q.split(1), k.split(1), v.split(1), strict=True)
-        return torch.cat([run(*row, q.shape[-1] ** -0.5) for row in rows])
+        return torch.cat([self._run(*row, q.shape[-1] ** -0.5) for row in rows])
 
-    return mix
+    def _of_compact(self, q8: Tensor, k8: Tensor, v: Tensor, scales: QKScales) -> Tensor:
+        assert self._run_compact is not None
+        return self._run_compact(q8, k8, v, scales, q8.shape[-1] ** -0.5, v)
+
+
+def of_backend(name: str, device: torch.device) -> OneByOne:
+    """A backend as a run has it: on a CPU its twin, if it has one. RequestError where it is missing."""
+    if device.type == "cpu" and name in TWINS:
+        return OneByOne(TWINS[name], COMPACT_TWINS.get(name))
+    return OneByOne(backends.named(name, device), backends.BACKENDS[name].compact)
 
 
 @contextmanager
-def attending(demo: Demo, run: Run | None) -> Iterator[None]:
-    """Inside, tokens meet each other by `run`; the text always by torch's attention, in 16 bits or fp32."""
-    demo.transformer.use_attention(attend if run is None else one_by_one(run), attend)
+def attending(demo: Demo, mix: Attend) -> Iterator[None]:
+    """Inside, tokens meet each other by `mix`; the text always by torch's attention, in 16 bits or fp32."""
+    demo.transformer.use_attention(mix, attend)
     try:
         yield
     finally:
@@ -219,17 +237,17 @@ def lost_points(score_of_path: dict[str, float], score_of_reference: dict[str, f
 # --- the command line ---
 
 
-def attention_of(name: str, device: torch.device) -> Run:
+def attention_of(name: str, device: torch.device) -> OneByOne:
     """The backend on a card, once it was proven there; its twin on a CPU. SystemExit for what is neither."""
     if device.type == "cpu":
         if name not in TWINS:
             raise SystemExit(f"--attention {name} has no twin for a CPU; expected one of {', '.join(TWINS)}.")
-        return TWINS[name]
+        return of_backend(name, device)
     proof = backends.prove(name, device) if name in backends.BACKENDS else None
     if proof is None or not proof.ok:
         why = "unknown" if proof is None else proof.reason
         raise SystemExit(f"--attention {name}: {why}; expected one of {', '.join(backends.BACKENDS)}.")
-    return backends.named(name, device)
+    return of_backend(name, device)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -251,7 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(given.device)
     if given.sums is not None and (device.type != "cpu" or given.variant != "fp8"):
         raise SystemExit("--sums is for --variant fp8 on a CPU.")
-    run = attention_of(given.attention, device)
+    mix = attention_of(given.attention, device)
     path = load(given.variant, device)
     reference = path if given.variant == "bf16" else load("bf16", device)
     if given.sums is not None:
@@ -265,9 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
         scored: list[list[dict[str, bool]]] = [[], []]
         for first in range(0, given.videos, 4):
             scenes, seed = asked(min(4, given.videos - first), first), given.seed + first
-            with twins(), attending(reference, backends.math):
+            with twins(), attending(reference, OneByOne(backends.math)):
                 expected = make_latents(reference, scenes, sampler, seed)
-            with attending(path, run):
+            with attending(path, mix):
                 latents = make_latents(path, scenes, sampler, seed)
             all_distances.append(distances(latents, expected))
             for results, frames in zip(

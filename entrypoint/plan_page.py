@@ -87,6 +87,7 @@ def as_text(plan: Plan, subject: Subject, width: int | None = None) -> list[str]
         ("blocks", plan.strip(min(40, width - LABEL))),
         ("", where),
         ("text", _text(plan)),
+        *([("", encoder)] if (encoder := _encoder(plan)) else []),
         *([("attention", f"{plan.attention}, in 8 bits")] if plan.attention else []),
         ("ring", f"{ring}; {size(plan.disk_bytes)} read from disk for one video"),
         ("decode", f"rung {plan.rung.name}; the blocks {'leave' if plan.release_for_decode else 'stay'}"),
@@ -103,6 +104,17 @@ def _text(plan: Plan) -> str:
         return "its keys and values are made in each step"
     kept = plan.parts["denoise"]["text keys and values"]
     return f"its keys and values are made in the first step and stay: {size(kept)} (k)"
+
+
+def _encoder(plan: Plan) -> str:
+    """Where the text encoder is between prompts; empty where nobody needs it."""
+    if plan.text == "resident":
+        return "its encoder stays " + ("on the GPU" if plan.device == "cuda" else "in RAM")
+    if plan.text == "cached":
+        pinned = plan.pinned - plan.ring.nbytes
+        beside = f", up to {size(pinned)} of it pinned" if plan.ring.pinned else ""
+        return f"its encoder stays in RAM once a prompt was read{beside}"
+    return "its encoder is read from disk for each prompt" if plan.text == "streamed" else ""
 
 
 def _about(plan: Plan, subject: Subject) -> list[tuple[str, str]]:

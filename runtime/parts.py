@@ -1,8 +1,9 @@
 """The models of one pipeline, each where the plan wants it while its phase runs, and gone when it does not.
 
 `Parts` holds models that are whole, made in memory. `PlannedParts` loads them from files as a `Plan` says:
-blocks resident, cached or read from disk each time, the text encoder through slots of its own for its phase,
-the entry of the transformer for a moment, the VAE's decoder for the decode.
+blocks resident, cached or read from disk each time, the text encoder through slots of its own for its phase
+(from the second prompt on out of RAM, where the plan keeps it there), the entry of the transformer for a
+moment, the VAE's decoder for the decode.
 """
 
 from collections.abc import Iterator, Sequence
@@ -110,7 +111,7 @@ class PlannedParts(Parts):
         self._plan: Plan | None = None
         self._ring: Ring | None = None
         self._stream: BlockStream | None = None
-        self._encoder: tuple[TextEncoder, BlockStream] | None = None  # when it is resident
+        self._encoder: tuple[TextEncoder, BlockStream] | None = None  # when it is resident or cached
         self._entry_here = False
         self._kept = ()
 
@@ -154,7 +155,7 @@ class PlannedParts(Parts):
         Raises WeightsError, or torch's out of memory, after which a leaner plan may be followed.
         """
         cap(self.device, plan.budget.vram)
-        self._plan = plan
+        before, self._plan = self._plan, plan
         if self._stream is None:
             self._load(plan, on_bytes)
             return
@@ -162,7 +163,7 @@ class PlannedParts(Parts):
             self._text_changed()  # an attempt that failed may have made some of them
         else:
             self._drop_text()
-        if plan.text != "resident":
+        if before is None or plan.text != before.text:
             self._drop_encoder()
         if not plan.vae_stays and next(self.whole_vae.parameters()).device.type != "cpu":
             self.whole_vae.to("cpu")
@@ -183,7 +184,7 @@ class PlannedParts(Parts):
         try:
             if plan.text == "resident":
                 self._encoder = self._placed_encoder(plan, on_bytes)
-            if plan.text != "streamed":
+            if plan.text in ("resident", "known"):  # else the ring is the text encoder's at first
                 self._fetch_early()
             self.whole_vae = loading.load_vae(
                 files.vae, manifest, home, self._vae_dtype, on_bytes, encoder=False
@@ -205,7 +206,11 @@ class PlannedParts(Parts):
 
     @contextmanager
     def text_encoder(self) -> Iterator[TextEncoder]:
-        """The encoder: resident, or built for the block with its matrices streaming."""
+        """The encoder: resident, or visiting from RAM, or built for the block with its matrices streaming."""
+        if self.plan.text == "cached":
+            with self._visiting_encoder() as visitor:
+                yield visitor
+            return
         if self._encoder is not None:
             yield self._encoder[0]
             return
@@ -218,12 +223,33 @@ class PlannedParts(Parts):
             del encoder
             give_back(self.device)
 
+    @contextmanager
+    def _visiting_encoder(self) -> Iterator[TextEncoder]:
+        """The encoder whose blocks stay in RAM: on the device, with slots and what is small, for the block.
+
+        The first prompt reads the blocks. Then they are pinned, in the background: it takes about a second.
+        """
+        if self._encoder is None:
+            self._encoder = self._placed_encoder(self.plan)
+        encoder, stream = self._encoder
+        try:
+            encoder.to(self.device)
+            stream.expect(1)
+            stream.start()
+            yield encoder
+        finally:
+            stream.park()
+            encoder.to("cpu")
+            give_back(self.device)
+        stream.pin_cached()
+
     def _placed_encoder(self, plan: Plan, on_bytes: OnBytes | None = None) -> tuple[TextEncoder, BlockStream]:
         """The encoder with all blocks on the device, or with all of them coming through the plan's slots."""
         file = self._files.text_encoder
         stays = plan.text == "resident"
         every = tuple(range(int(file.sizes()["num_layers"])))
-        placement = Blocks(every, (), 0) if stays else Blocks((), (), plan.text_slots)
+        cached = every if plan.text == "cached" else ()
+        placement = Blocks(every, (), 0) if stays else Blocks((), cached, plan.text_slots)
         where = (file, self._manifest, self.device, self._dtype, placement, self.ring, on_bytes)
         return loading.stream_text_encoder(*where, kept_rows=KEPT_ROWS if stays else 0)
 

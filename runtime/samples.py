@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from runtime.kernels.launch import twins
 from runtime.layers.attention import Attend
 from runtime.layers.backends import BOUNDS
+from runtime.layers.compact_qk import MixCompact, QKScales, compact_of, picked, restored
 from runtime.linear.module import QuantizedLinear
 from runtime.transformer import Block, Transformer
 
@@ -41,10 +42,14 @@ class AttentionSample:
     before the attention itself, so they are safe from one that writes to its inputs, and what they need is
     gone when it begins: _FP32_BYTES and the scores, 44 MB at 75,600 tokens. Nothing is read back here, and
     the rows are compared when a step is done: `numbers`. Each operation costs a launch.
+
+    compact: the same for compact queries and keys, where `run` takes such; rows are then of what they hold.
     """
 
     def __init__(self, run: Attend, bits: int, blocks: int = 1) -> None:
         self._run, self._blocks = run, blocks
+        self._run_compact = compact_of(run)
+        self.compact: MixCompact | None = None if self._run_compact is None else self._sampled
         self.bound = ROW_MARGIN * BOUNDS[bits]
         self.kernels: KernelSample | None = None
         self.begin(0)
@@ -66,22 +71,34 @@ class AttentionSample:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `attend`."""
+        return self._sampled(q, k, v)
+
+    def _sampled(self, q: Tensor, k: Tensor, v: Tensor, scales: QKScales | None = None) -> Tensor:
         block, self._calls = self._calls % self._blocks, self._calls + 1
         if self.kernels is not None:
-            self.kernels.entering(q, k, v)
+            self.kernels.entering(q, k, v, scales)
         if block in (0, self._blocks - 1) or (block + self._step) % 2 == 0:
-            out = self._looked_at(q, k, v)
+            out = self._looked_at(q, k, v, scales)
         else:
-            out = self._run(q, k, v)
+            out = self._attend(q, k, v, scales)
         if self.kernels is not None:
             self.kernels.leaving(out)
         return out
 
-    def _looked_at(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scales: QKScales | None) -> Tensor:
+        if scales is None:
+            return self._run(q, k, v)
+        assert self._run_compact is not None
+        return self._run_compact(q, k, v, scales)
+
+    def _looked_at(self, q: Tensor, k: Tensor, v: Tensor, scales: QKScales | None) -> Tensor:
         rows, batch, heads = self._chosen(q)
-        some = (x[batch, :, heads] for x in (q, k, v))
-        expected = expected_rows(next(some).index_select(0, rows), *some)
-        out = self._run(q, k, v)
+        some, keys, values = (x[batch, :, heads] for x in (q, k, v))
+        queries = picked(some, rows, 0)  # (R, H, D)
+        if scales is not None:  # keys without their center have the same weights
+            queries = queries.float() * scales.levels.descale[heads, None]
+        expected = expected_rows(queries, keys, values)
+        out = self._attend(q, k, v, scales)
         self._expected.append(expected)
         self._made.append(out[batch, :, heads].index_select(0, rows))
         return out
@@ -171,7 +188,8 @@ class KernelSample:
         attention.kernels = self
         linear = transformer.get_submodule("blocks.0.self_attn.q")
         dtype = transformer.patch_embedding.weight.dtype
-        bits = 8 if isinstance(linear, QuantizedLinear) else 8 * dtype.itemsize
+        rounded = isinstance(linear, QuantizedLinear) or attention.compact is not None
+        bits = 8 if rounded else 8 * dtype.itemsize
         self.bound = KERNEL_BOUNDS[min(bits, 32)]
         for block in transformer.blocks.children():
             self._hooks.append(block.register_forward_pre_hook(self._begin_block))
@@ -208,10 +226,15 @@ class KernelSample:
             return torch.zeros(0, 2)
         return _pairs(*(torch.cat(rows) for rows in zip(*found, strict=True)))
 
-    def entering(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def entering(self, q: Tensor, k: Tensor, v: Tensor, scales: QKScales | None = None) -> None:
         """The attention of the block that runs begins."""
-        if self._rows is not None:
-            self._entered = [x.index_select(1, self._rows) for x in (q, k, v)]
+        if self._rows is None:
+            return
+        q, k, v = (picked(x, self._rows, 1) for x in (q, k, v))
+        if scales is not None:
+            q = restored(q, scales.levels.by_q).to(v.dtype)
+            k = restored(k, scales.levels.by_k, scales.center[:, None]).to(v.dtype)
+        self._entered = [q, k, v]
 
     def leaving(self, out: Tensor) -> None:
         """It has ended."""

@@ -85,7 +85,10 @@ class _Data(BaseModel):
 
 
 class TextEncoderPlacement(_Data):
-    """`stay_on_gpu` is a wish for the next video of a warm process; the memory plan has the last word."""
+    """`stay_on_gpu` is a wish for the next prompt of a warm process; the memory plan has the last word.
+
+    Without room on the GPU the encoder stays in RAM, where that has room when everything else has its own.
+    """
 
     stay_on_gpu: bool
 

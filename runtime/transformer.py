@@ -5,7 +5,7 @@ and columns fastest, and every token attends to every token. The time enters eac
 (shift, scale and gate of self attention, then of the feed-forward); the text enters through cross attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -16,6 +16,16 @@ from torch import Tensor, nn
 
 from runtime.layers.activation import gelu_for
 from runtime.layers.attention import Attend, attend
+from runtime.layers.compact_qk import (
+    FEWEST,
+    KnownLevels,
+    QKScales,
+    center_of,
+    compact_of,
+    compact_rows,
+    some_tokens,
+    workspace,
+)
 from runtime.layers.kept_text import KeptText, KeysValues
 from runtime.layers.norm import Affine, Modulation, RMSNorm, Rows, add_norm, gated_add, norm_of
 from runtime.layers.rope import RopeTable, norm_rope, rope_table
@@ -63,19 +73,50 @@ class SelfAttention(nn.Module):
         self.o = nn.Linear(dim, dim)
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
+        self._levels = KnownLevels()
+
+    def scales(self, x: Tensor, rope: RopeTable, normed: Callable[[Tensor], Rows]) -> QKScales | None:
+        """How `mix` takes the queries and keys of tokens x (B, L, D); None: as they are.
+
+        normed: what stands before q and k.
+        """
+        if compact_of(self.mix) is None or x.shape[1] < FEWEST:
+            return None
+        some = some_tokens(x.shape[1])
+        k = self.k(normed(x[:, some].contiguous()))
+        keys = norm_rope(k, self.norm_k, self.num_heads, (rope[0][:, some], rope[1][:, some]))
+        levels = self._levels.of(self.norm_q.weight, self.norm_k.weight, self.num_heads)
+        return QKScales(levels, center_of(keys))
 
     def project(
-        self, x: Rows, rope: RopeTable, into: Sequence[Tensor] | None = None
+        self,
+        x: Rows,
+        rope: RopeTable,
+        into: Sequence[Tensor] | None = None,
+        scales: QKScales | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens x (B, L, D), each (B, L, H, D/H), the first two rotated.
 
-        Of `into`, three tensors of that shape, those are used that can be written at once.
+        With `scales` the first two are compact. Of `into`, three tensors of that shape, those are used that
+        can be written at once.
         """
         for_q, for_k, for_v = (None, None, None) if into is None else into
-        q = norm_rope(self.q(x), self.norm_q, self.num_heads, rope, for_q)
-        k = norm_rope(self.k(x), self.norm_k, self.num_heads, rope, for_k)
+        if scales is None:
+            q = norm_rope(self.q(x), self.norm_q, self.num_heads, rope, for_q)
+            k = norm_rope(self.k(x), self.norm_k, self.num_heads, rope, for_k)
+        else:
+            by_q, by_k, _ = scales.levels
+            q = compact_rows(self.q(x), self.norm_q, self.num_heads, rope, by_q, into=for_q)
+            k = compact_rows(self.k(x), self.norm_k, self.num_heads, rope, by_k, scales.center, for_k)
         v = self.v(x) if for_v is None or isinstance(x, Tensor) else self.v(x, for_v)
         return q, k, v.unflatten(-1, (self.num_heads, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scales: QKScales | None) -> Tensor:
+        """`mix` of what `project` gave: (B, L, H, D/H)."""
+        compact = compact_of(self.mix)
+        if scales is None or compact is None:
+            return self.mix(q, k, v)
+        return compact(q, k, v, scales)
 
 
 class CrossAttention(nn.Module):
@@ -145,7 +186,8 @@ class Block(nn.Module):
 
         In place of the text may be what `cross_attn.keys_values` makes of it.
         Tokens meet in the self attention alone: before and after it they go through `step` at a time. The
-        result then takes x's memory, and queries, keys and values take that of `qkv`, (B, L, H, D/H) each.
+        result then takes x's memory, and queries, keys and values take that of `qkv`, (B, L, H, D/H) each, in
+        the form that the attention takes them.
         """
         rows = (self.modulation.float() + time).chunk(6, dim=1)  # six of (B, 1, D)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = rows
@@ -154,11 +196,13 @@ class Block(nn.Module):
 
         into_attn, into_ffn = Modulation(shift_attn, scale_attn), Modulation(shift_ffn, scale_ffn)
 
+        def normed(x: Tensor) -> Rows:
+            return norm_of(x, into_attn, self.eps, self.self_attn.q)
+
         def before(
             x: Tensor, cos: Tensor, sin: Tensor, into: Sequence[Tensor] | None = None
         ) -> tuple[Tensor, ...]:
-            y = norm_of(x, into_attn, self.eps, self.self_attn.q)
-            return self.self_attn.project(y, (cos, sin), into)
+            return self.self_attn.project(normed(x), (cos, sin), into, scales)
 
         def after(x: Tensor, mixed: Tensor) -> Tensor:
             out, cross, ffn = self.self_attn.o, self.cross_attn, self.ffn
@@ -171,10 +215,11 @@ class Block(nn.Module):
             h = ffn[2](h)  # under one name, so that what is done with is freed
             return gated_add(x, h, gate_ffn)
 
+        scales = self.self_attn.scales(x, rope, normed)
         q, k, v = in_slices(before, x, *rope, step=step, into=qkv)  # (B, L, H, D/H) each
-        mixed = self.self_attn.mix(q, k, v)  # (B, L, H, D/H)
-        if qkv is not None and not same_place(mixed, q):
-            mixed = q.copy_(mixed)
+        mixed = self.self_attn.attend(q, k, v, scales)  # (B, L, H, D/H)
+        if qkv is not None and not (same_place(mixed, q) or same_place(mixed, v)):
+            mixed = v.copy_(mixed)
         del q, k, v
         return in_slices(after, x, mixed, step=step, into=x)
 
@@ -315,7 +360,12 @@ class Transformer(nn.Module):
         """
         if self.token_slice is None or self.token_slice >= x.shape[1]:
             return None
-        return x.new_empty((3, *x.shape)).unflatten(-1, (self.config.num_heads, -1)).unbind(0)
+        heads = self.config.num_heads
+        first = next(self.blocks.children())
+        assert isinstance(first, Block)
+        if compact_of(first.self_attn.mix) is not None and x.shape[1] >= FEWEST:
+            return workspace(x, heads)
+        return x.new_empty((3, *x.shape)).unflatten(-1, (heads, -1)).unbind(0)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """(B, C, T, h, w) -> tokens (B, L, D); within a patch the channel is slowest, the column fastest."""

@@ -17,19 +17,17 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from runtime.errors import RequestError
 from runtime.guard import Fault
 from runtime.kernels.launch import trouble, twins
-from runtime.layers.attention import Attend, Run
 from runtime.layers.backends import (
     BACKENDS,
     LAST_RESORT,
+    Attending,
     Choice,
     check_name,
     choose,
-    in_engine,
     named,
     rungs,
 )
@@ -102,7 +100,7 @@ class Ways:
         self._notes = list(notes)
         self._left: list[tuple[str, Fault]] = []  # since the last result that was right
         self.fell_back: list[str] = []
-        self.sampled = AttentionSample(self._attend(), self.bits)
+        self.sampled = AttentionSample(Attending(self.name, self.device), self.bits)
         self.kernel_samples: KernelSample | None = None
 
     @property
@@ -135,9 +133,9 @@ class Ways:
         if self.kernel_samples is not None:
             self.kernel_samples.close()
         fused = self.kernels == FUSED
-        self.sampled = AttentionSample(self._attend(), self.bits, len(transformer.blocks))
+        self.sampled = AttentionSample(Attending(self.name, self.device), self.bits, len(transformer.blocks))
         self.kernel_samples = KernelSample(transformer, self.sampled) if fused else None
-        transformer.use_attention(self.sampled, _attend(self.on_text, self.device))
+        transformer.use_attention(self.sampled, Attending(self.on_text, self.device))
 
     def begin(self, step: int) -> None:
         """A denoise step begins: samples are taken anew."""
@@ -207,17 +205,6 @@ class Ways:
     def _tell(self, before: str, fault: Fault, where: str) -> None:
         self.fell_back.append(f"{where}: {before} -> {self}: {fault}")
         self._notes.append(f"{where} went wrong with {before} ({fault}); repeated with {self}.")
-
-    def _attend(self) -> Attend:
-        return _attend(self.name, self.device)
-
-
-def _attend(name: str, device: torch.device) -> Attend:
-    return partial(_scaled, in_engine(name, device))
-
-
-def _scaled(run: Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return run(q, k, v, q.shape[-1] ** -0.5)
 
 
 # --------------------------------------------------------------------------------------------------- choosing

@@ -1,6 +1,7 @@
 """What the kernels' tests share: inputs that are hard to get right, and distances between results."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,6 +35,54 @@ def tokens(count: int, width: int, dtype: torch.dtype, seed: int = 0, device: st
 def vector(width: int, seed: int, device: str = "cpu") -> Tensor:
     """(width,) fp32."""
     return torch.randn(width, generator=torch.Generator(device).manual_seed(seed), device=device)
+
+
+NORMED_HEADS = [(40, 128), (12, 128), (3, 64), (9, 32), (17, 16), (1, 128)]  # (H, D)
+
+
+class NormedHeads(NamedTuple):
+    """What `rms_rope_quantize` takes."""
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+    head_dim: int
+    factor: Tensor
+    center: Tensor | None
+    table: tuple[Tensor, Tensor] | None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(self)
+
+
+def normed_heads(
+    rows: tuple[int, int],
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    rope: bool,
+    center: bool,
+    device: str = "cpu",
+) -> NormedHeads:
+    """x (*rows, H·D) with large channels, a weight with a spread, factors for which a little saturates."""
+    g = torch.Generator(device).manual_seed(rows[1] + heads)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, device=device)
+
+    width = heads * head_dim
+    x = randn(*rows, width) * randn(*rows, 1).exp()
+    x[..., 3 :: max(width // 9, 1)] *= 8
+    x[..., 5 :: max(width // 3, 1)] *= 30
+    weight = randn(width).exp()
+    middle = 5 * randn(heads, head_dim) if center else None
+    angles = 9 * randn(rows[1], 1, head_dim // 2)
+    z = torch.nn.functional.rms_norm(x, (width,), weight).unflatten(-1, (heads, head_dim))
+    size = z.square().sum(-1).mean((0, 1)).sqrt() + (5 if center else 0)  # of a number after the rotation
+    factor = 448 / (2 * size) * torch.rand(heads, generator=g, device=device).add(0.5)
+    table = (angles.cos(), angles.sin()) if rope else None
+    return NormedHeads(x.to(dtype), weight, 1e-6, head_dim, factor, middle, table)
 
 
 def levels(q: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ attentions write down the shapes and how often they came. Random numbers, as zer
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 from runtime.bench.clock import Run
 from runtime.bench.following import restored
 from runtime.bench.sizes import Mix, Product, Work
+from runtime.kernels.attention_quantize import rotated, to_eight_bits
 from runtime.kernels.prepared import Prepared
 from runtime.kernels.row_quantize import row_quantize
 from runtime.layers.attention import Attend
+from runtime.layers.backends import BACKENDS, named
+from runtime.layers.compact_qk import MixCompact, QKScales, compact_of, levels_of
 from runtime.linear.module import QuantizedLinear
 from runtime.linear.quantize import quantize_weight
 from runtime.transformer import Transformer
@@ -34,7 +38,7 @@ def recording(model: Transformer) -> Iterator[Work]:
                 stack.callback(linear.register_forward_pre_hook(_hook(work.products)).remove)
         first = blocks[0]
         model.use_attention(
-            _counted(first.self_attn.mix, work.of_tokens), _counted(first.cross_attn.mix, work.on_text)
+            _Counted(first.self_attn.mix, work.of_tokens), _Counted(first.cross_attn.mix, work.on_text)
         )
         yield work
 
@@ -56,12 +60,24 @@ def _hook(counts: Counter[Product]) -> Callable[[nn.Module, tuple[Any, ...]], No
     return count
 
 
-def _counted(attend: Attend, counts: Counter[Mix]) -> Attend:
-    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        counts[Mix(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
-        return attend(q, k, v)
+class _Counted:
+    """An attention that counts its calls, in the form in which they come."""
 
-    return counted
+    def __init__(self, attend: Attend, counts: Counter[Mix]) -> None:
+        self._attend, self._counts, self._attend_compact = attend, counts, compact_of(attend)
+        self.compact: MixCompact | None = None if self._attend_compact is None else self._of_compact
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._count(q, k)
+        return self._attend(q, k, v)
+
+    def _of_compact(self, q8: Tensor, k8: Tensor, v: Tensor, scales: QKScales) -> Tensor:
+        assert self._attend_compact is not None
+        self._count(q8, k8)
+        return self._attend_compact(q8, k8, v, scales)
+
+    def _count(self, q: Tensor, k: Tensor) -> None:
+        self._counts[Mix(q.shape[1], k.shape[1], q.shape[2], q.shape[3])] += 1
 
 
 # --- made again ---
@@ -99,13 +115,27 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, se
     return torch.randn(shape, device=device, dtype=dtype, generator=generator)
 
 
-def mix(one: Mix, attend: Attend, dtype: torch.dtype, device: torch.device) -> Run:
-    """This attention of random queries, keys and values."""
+def mix(one: Mix, name: str, dtype: torch.dtype, device: torch.device) -> Run:
+    """This attention of random queries, keys and values by a backend, in the form that a run has for it."""
     q, k, v = (
         _random((1, count, one.heads, one.width), dtype, device, seed)
         for seed, count in enumerate((one.tokens, one.keys, one.keys))
     )
-    return lambda: attend(q, k, v)
+    compact = BACKENDS[name].compact
+    if compact is not None and one.tokens == one.keys:
+        return partial(compact, *_compacted(q, k, v), one.width**-0.5, torch.empty_like(v))
+    return partial(named(name, device), q, k, v, one.width**-0.5)
+
+
+def _compacted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, QKScales]:
+    """What compact attention takes of rows that are as if a norm without weights had made them."""
+    heads, width = q.shape[2:]
+    weight = torch.ones(heads * width, device=q.device)
+    levels, mean = levels_of(weight, weight, heads), k.mean(1, dtype=torch.float32)  # (1, H, D)
+    by_q, by_k = (by[:, None].expand_as(mean[0]) * width**0.5 for by in (levels.by_q, levels.by_k))
+    q8 = to_eight_bits(q, torch.zeros_like(mean[0]), by_q, rotate=True)
+    k8 = to_eight_bits(k, mean[0], by_k, rotate=True)
+    return q8, k8, v, QKScales(levels, rotated(mean))
 
 
 def copy(nbytes: int, device: torch.device) -> Run:

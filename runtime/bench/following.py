@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from runtime.layers import backends
-from runtime.layers.attention import Attend
+from runtime.layers.backends import Attending
 from runtime.transformer import Block, Transformer
 from runtime.ways import Ways
 
@@ -22,7 +20,7 @@ def following(model: Transformer, ways: Ways, *, guarded: bool = True) -> Iterat
     """In the block, one forward of `model` computes this way; `guarded`: the guard samples it as in a run."""
     with restored(model), ways.computing():
         if not guarded:
-            model.use_attention(attend_by(ways.name, ways.device), attend_by(ways.on_text, ways.device))
+            model.use_attention(Attending(ways.name, ways.device), Attending(ways.on_text, ways.device))
             yield
             return
         ways.use_in(model)
@@ -45,13 +43,3 @@ def restored(model: Transformer) -> Iterator[list[Block]]:
     finally:
         for block, (of_tokens, on_text) in zip(blocks, before, strict=True):
             block.self_attn.mix, block.cross_attn.mix = of_tokens, on_text
-
-
-def attend_by(name: str, device: torch.device) -> Attend:
-    """The attention of one backend alone, as a model takes it."""
-    run = backends.named(name, device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return run(q, k, v, q.shape[-1] ** -0.5)
-
-    return attend

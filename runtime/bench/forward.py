@@ -19,7 +19,7 @@ from torch import Tensor
 from runtime.bench import alone
 from runtime.bench.busy import Busy, Kernel, busy
 from runtime.bench.clock import Run, interleaved, queued, wait, wall
-from runtime.bench.following import attend_by, following, plain
+from runtime.bench.following import following, plain
 from runtime.bench.picture import FORWARD, REFERENCE, UNGUARDED
 from runtime.bench.samples import Sample, of_sum
 from runtime.bench.scene import Rows, Scene, condition_of, placed, warm_forward
@@ -117,8 +117,7 @@ def _alone(forward: _Forward, work: Work, whole: Sample) -> Rows:
     like = alone.linears(block)[0]
 
     def attention(name: str) -> Callable[[Mix], Run]:
-        attend = attend_by(name, scene.device)
-        return lambda one: alone.mix(one, attend, scene.dtype, scene.device)
+        return lambda one: alone.mix(one, name, scene.dtype, scene.device)
 
     kinds: dict[str, tuple[Counter[Any], Callable[[Any], Run]]] = {
         "self attention": (work.of_tokens, attention(way.name)),
@@ -207,7 +206,6 @@ def _ceilings(forward: _Forward, work: Work) -> Rows:
     mix = max(work.of_tokens, key=lambda one: one.operations)
     largest = replace(work.largest, rows=mix.tokens)
     nbytes = COPY_BYTES[scene.device.type]
-    attend = attend_by(forward.way.name, scene.device)
     makes: dict[str, tuple[Callable[[], Run], int, str]] = {
         "product": (
             lambda: alone.product(largest, like, scene.dtype, scene.device),
@@ -215,7 +213,7 @@ def _ceilings(forward: _Forward, work: Work) -> Rows:
             f"{largest.rows} x {largest.depth} -> {largest.columns}",
         ),
         "self attention": (
-            lambda: alone.mix(mix, attend, scene.dtype, scene.device),
+            lambda: alone.mix(mix, forward.way.name, scene.dtype, scene.device),
             mix.operations,
             f"{forward.way.name}, {mix.tokens} tokens, {mix.heads} heads of {mix.width}",
         ),

@@ -1,11 +1,13 @@
 """Text states of a prompt of full length: the encoder resident, and its blocks streamed from RAM.
 
-Streamed, no encoder can be faster than its bytes over the bus: that is the reference of the second row.
+From RAM that is pinned, as a plan that keeps the encoder there has it from the second prompt on; and from
+ordinary RAM, through the pinned ring. Streamed, no encoder can be faster than its bytes over the bus: that is
+the reference of these rows.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +33,28 @@ HOST_COPY_BYTES = 1 << 28
 SLOTS = 2
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """Seconds with every block in RAM and none on the device: ordinary RAM, and what of it could be `pinned`.
+
+    nbytes: what is copied each time. refusal: why not all of it is pinned.
+    """
+
+    nbytes: int
+    ordinary: Sample
+    pinned: Sample
+    pinned_bytes: int
+    refusal: str
+
+    @property
+    def note(self) -> str:
+        """What was pinned."""
+        if not self.pinned_bytes:
+            return f"nothing could be pinned: {self.refusal}"
+        all_of_it = f"{self.pinned_bytes / 1e6:,.1f} MB pinned"
+        return f"{all_of_it}, as {self.refusal}" if self.refusal else all_of_it
+
+
 def measure(scene: Scene, size: Size) -> Rows:
     """The rows of the part `text`; `size` is what the pipeline is planned for, no more."""
     pipe = scene.pipe(size)
@@ -46,18 +70,23 @@ def measure(scene: Scene, size: Size) -> Rows:
     del encoder, runs
     give_back(scene.where.device)
     yield replace(row, found=found["in use"], reference=found.get("reference"))
-    streamed, nbytes = _streamed(scene, pipe, ids)
-    note = f"{about}, {nbytes / 1e6:,.1f} MB from RAM"
-    row = replace(row, what="streamed from RAM", found=streamed, target="", note=note)
-    if scene.device.type == "cpu":  # there is no bus
+    streamed = _streamed(scene, pipe, ids)
+    note = f"{about}, {streamed.nbytes / 1e6:,.1f} MB from RAM"
+    row = replace(row, what="streamed from RAM", found=streamed.ordinary, target="", note=note)
+    if scene.device.type == "cpu":  # there is no bus, and nothing is pinned
         yield row
         return
     rate = _bus(scene)
-    floor = Sample((nbytes / rate.median,))
-    yield replace(row, reference=floor, note=f"{note}; the reference is these bytes over the bus")
-    over = streamed.map(lambda seconds: seconds / floor.median)
-    yield replace(row, what="streamed over bytes", unit="ratio", found=over, target="text streamed", note="")
-    yield replace(row, what="ceiling: pinned RAM to the GPU", unit="B/s", found=rate, note="")
+    floor = Sample((streamed.nbytes / rate.median,))
+    row = replace(row, reference=floor)
+    told = f"{note}, {streamed.note}; the reference is these bytes over the bus"
+    yield replace(row, what="streamed from pinned RAM", found=streamed.pinned, note=told)
+    over = streamed.pinned.map(lambda seconds: seconds / floor.median)
+    ratio = replace(row, what="streamed over bytes", reference=None, unit="ratio", found=over)
+    yield replace(ratio, target="text streamed", note="from pinned RAM")
+    yield replace(row, note=f"{note}, through the ring")
+    ceiling = replace(row, what="ceiling: pinned RAM to the GPU", reference=None)
+    yield replace(ceiling, unit="B/s", found=rate, note="")
 
 
 def _ids(scene: Scene, pipe: Pipeline) -> Tensor:
@@ -87,8 +116,8 @@ def _resident(scene: Scene, pipe: Pipeline) -> Iterator[TextEncoder]:
     yield loading.load_text_encoder(scene.files.text_encoder, where.manifest, where.device, scene.dtype)
 
 
-def _streamed(scene: Scene, pipe: Pipeline, ids: Tensor) -> tuple[Sample, int]:
-    """Seconds with every block cached in RAM and none resident, and the bytes that are copied each time."""
+def _streamed(scene: Scene, pipe: Pipeline, ids: Tensor) -> Streamed:
+    """Every block cached in RAM, none resident: as it is, then pinned as far as that goes."""
     where, parts = scene.where, pipe.parts
     assert isinstance(parts, PlannedParts)  # as `Pipeline.load` makes them
     checkpoint = scene.files.text_encoder
@@ -103,8 +132,13 @@ def _streamed(scene: Scene, pipe: Pipeline, ids: Tensor) -> tuple[Sample, int]:
         wall(run, scene.device)
         before = stream.counts.copied_bytes
         with scene.measuring():
-            found = interleaved({"": run}, scene.repeats, scene.device, warm=0)[""]
-        return found, (stream.counts.copied_bytes - before) // scene.repeats
+            ordinary = pinned = interleaved({"": run}, scene.repeats, scene.device, warm=0)[""]
+        nbytes = (stream.counts.copied_bytes - before) // scene.repeats
+        stream.pin_cached(wait=True)
+        if stream.pinned_bytes:
+            with scene.measuring():
+                pinned = interleaved({"": run}, scene.repeats, scene.device)[""]
+        return Streamed(nbytes, ordinary, pinned, stream.pinned_bytes, stream.pin_refusal)
     finally:
         stream.close()
         del encoder

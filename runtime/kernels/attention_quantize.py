@@ -64,7 +64,7 @@ class Quantized:
 def quantize(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
     """q (B, L, H, D), k and v (B, S, H, D) of one 16-bit dtype in eight bits, as this file's formulas say.
 
-    Raises ValueError for a D that is no power of two from 16 to 256.
+    Raises ValueError for a D that is no power of two from 16 to 128.
     """
     check_head_dim(q.shape[3])
     of_q, of_k, of_v = spread(q), spread(k), spread(v)
@@ -94,23 +94,32 @@ def quantize_by_sample(q: Tensor, k: Tensor, v: Tensor) -> Quantized:
     what reaches farther becomes the largest number. Raises as `quantize`.
     """
     check_head_dim(q.shape[3])
-    of_q, of_k, of_v = (spread(_sample(x)) for x in (q, k, v))
-    a, b, by = (
-        reach.clamp_min(_TINY) * (_ROOM / QMAX[E4M3])
+    of_q, of_k = (spread(_sample(x)) for x in (q, k))
+    a, b = (
+        reach.square().sum(1, keepdim=True).sqrt().clamp_min(_TINY) * (_ROOM / QMAX[E4M3])  # (H, 1)
         for reach in (
-            torch.maximum(of_q.high.abs(), of_q.low.abs()).square().sum(1, keepdim=True).sqrt(),  # (H, 1)
-            torch.maximum(of_k.high - of_k.mean, of_k.mean - of_k.low).square().sum(1, keepdim=True).sqrt(),
-            torch.maximum(of_v.high - of_v.mean, of_v.mean - of_v.low),  # (H, D)
+            torch.maximum(of_q.high.abs(), of_q.low.abs()),
+            torch.maximum(of_k.high - of_k.mean, of_k.mean - of_k.low),
         )
     )
+    wide = of_q.mean.shape
+    columns, factor, center = values_by_sample(v)
     return Quantized(
-        to_eight_bits(q, torch.zeros_like(of_q.mean), a.reciprocal().expand_as(by), rotate=True),
-        to_eight_bits(k, of_k.mean, b.reciprocal().expand_as(by), rotate=True),
-        to_columns(v, of_v.mean, by.reciprocal()),
+        to_eight_bits(q, torch.zeros_like(of_q.mean), a.reciprocal().expand(wide), rotate=True),
+        to_eight_bits(k, of_k.mean, b.reciprocal().expand(wide), rotate=True),
+        columns,
         (a * b).flatten(),
-        by,
-        of_v.mean,
+        factor,
+        center,
     )
+
+
+def values_by_sample(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """v (1, S, H, D) as `quantize_by_sample` has it: in columns, its factor and its center, (H, D) each."""
+    found = spread(_sample(v))
+    reach = torch.maximum(found.high - found.mean, found.mean - found.low).clamp_min(_TINY)
+    factor = reach * (_ROOM / QMAX[E4M3])
+    return to_columns(v, found.mean, factor.reciprocal()), factor, found.mean
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -120,8 +129,8 @@ def _sample(x: Tensor) -> Tensor:
 
 def check_head_dim(head_dim: int) -> None:
     """Raise ValueError for a size that has no Hadamard matrix here, or no kernel."""
-    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 256:
-        raise ValueError(f"heads of {head_dim} cannot be rotated, expected a power of two from 16 to 256")
+    if head_dim & (head_dim - 1) or not 16 <= head_dim <= 128:
+        raise ValueError(f"heads of {head_dim} cannot be rotated, expected a power of two from 16 to 128")
 
 
 def shared_scales(q_reach: Tensor, k_reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,9 +221,8 @@ def _with_tail(x: Tensor, zeroed: bool = True) -> Tensor:
 
 
 @jit
-def _hadamard(SIZE: tl.constexpr, like):
-    """(SIZE, SIZE) of 1 and -1 in the dtype that `like` points to: parity of the ones of i & j."""
-    both = tl.arange(0, SIZE)[:, None] & tl.arange(0, SIZE)[None, :]
+def signs_of(both, like):
+    """1 and -1 in the dtype that `like` points to: -1 where `both`, 0 to 255, has an odd number of ones."""
     both = both ^ (both >> 4)
     both = both ^ (both >> 2)
     both = both ^ (both >> 1)
@@ -246,7 +254,7 @@ def _to_eight_bits_kernel(
     middle = tl.load(center + columns)[None, :]
     by = tl.load(factor + columns)[None, :]
     if ROTATE:
-        signs = _hadamard(HEAD, x)
+        signs = signs_of(tl.arange(0, HEAD)[:, None] & tl.arange(0, HEAD)[None, :], x)
     for turn in range(TURNS):
         row = (tl.program_id(0) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None]

@@ -53,7 +53,7 @@ def rms_rope_torch(
     normed = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
     if table is None:
         return target.copy_(normed)
-    cos, sin = _checked(x, head_dim, table)
+    cos, sin = checked_table(x, head_dim, table)
     pairs = normed.unflatten(-1, (-1, head_dim // 2, 2))
     real, imaginary = pairs.unbind(-1)  # (..., L, H, head_dim/2)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -63,7 +63,7 @@ def rms_rope_torch(
     return target
 
 
-def _checked(x: Tensor, head_dim: int, table: Table) -> Table:
+def checked_table(x: Tensor, head_dim: int, table: Table) -> Table:
     """cos and sin as (L, head_dim/2); ValueError where they do not fit x."""
     cos, sin = (part.reshape(-1, head_dim // 2) for part in table)
     expected = (x.shape[-2], head_dim // 2)
@@ -91,7 +91,7 @@ def rms_rope_triton(
         raise ValueError(f"the result goes to {tuple(out.shape)} {out.dtype}, expected what x is")
     if width % head_dim:
         raise ValueError(f"rows of {width} do not split into heads of {head_dim}")
-    cos, sin = (rows, rows) if table is None else _checked(x, head_dim, table)
+    cos, sin = (rows, rows) if table is None else checked_table(x, head_dim, table)
     main, tail = row_parts(width // head_dim)
     if count:
         with on(x):
@@ -115,7 +115,7 @@ def rms_rope_triton(
 
 
 @jit
-def _turned(n, cos, sin, HEADS: tl.constexpr, HEAD: tl.constexpr):
+def turned(n, cos, sin, HEADS: tl.constexpr, HEAD: tl.constexpr):
     """Pairs of n (HEADS, HEAD) turned by cos and sin (HEAD/2,)."""
     real, imaginary = tl.split(tl.reshape(n, (HEADS, HEAD // 2, 2)))
     cos, sin = cos[None, :], sin[None, :]
@@ -158,9 +158,9 @@ def _rms_rope_kernel(
         half = (row % tokens) * (HEAD // 2) + tl.arange(0, HEAD // 2)
         c = tl.load(cos + half)
         s = tl.load(sin + half)
-        a = _turned(a, c, s, MAIN, HEAD)
+        a = turned(a, c, s, MAIN, HEAD)
         if TAIL:
-            b = _turned(b, c, s, TAIL, HEAD)
+            b = turned(b, c, s, TAIL, HEAD)
     tl.store(out + places, a.to(out.dtype.element_ty))
     if TAIL:
         tl.store(out + beyond, b.to(out.dtype.element_ty), mask=inside)

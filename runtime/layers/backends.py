@@ -5,6 +5,7 @@
 | name | product in | what |
 |---|---|---|
 | sage2 | 8 bits | SageAttention 2 (`sage.py`) as this GPU has it: int8 q·kᵀ, fp8 or fp16 probabilities |
+| sage2-sm90 | 8 bits | the same on Hopper, by its own kernel: fp8 probabilities, fp32 sums |
 | sage2-fp32 | 8 bits | the same with fp32 sums of the second product, where `sage2` takes fp16 ones |
 | sage2-fp16 | 8 bits | int8 q·kᵀ and fp16 probabilities, whose range no outlier exceeds so soon |
 | sage1 | 8 bits | SageAttention 1 (pure Triton): int8 q·kᵀ, fp16 probabilities |
@@ -37,6 +38,7 @@ from runtime.errors import RequestError, first_line
 from runtime.kernels.tune import Timing, in_a_row, time_candidates
 from runtime.layers import cudnn_fp8, hopper_fp8, sage
 from runtime.layers.attention import Run
+from runtime.layers.compact_qk import MixCompact, QKScales, RunCompact
 from runtime.layers.packages import package
 
 PROOF_LENGTHS = (1, 63, 65, 513, 1000)
@@ -61,6 +63,8 @@ class Backend:
         bits: 8, 16 or 32, the precision of its products; sets the bound of its proof and its place among
         rungs. find: (compute capability) -> what runs it there, or None; it may import a package. lowest:
         first compute capability. over: the same for whoever needs q no more, with the result in its memory.
+        compact: the same of q and k that come in 8 bits from their norm (`compact_qk.py`), with the result
+        in the memory that is named.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Backend:
     find: Callable[[tuple[int, int]], Run | None]
     lowest: tuple[int, int] = (8, 0)
     over: Run | None = None
+    compact: RunCompact | None = None
 
 
 @dataclass(frozen=True)
@@ -139,10 +144,15 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("sage2", 8, partial(sage.find_v2, "fast")),
+        Backend("sage2-sm90", 8, partial(sage.find_v2, "sm90"), lowest=(9, 0)),
         Backend("sage2-fp32", 8, partial(sage.find_v2, "fp32")),
         Backend("sage2-fp16", 8, partial(sage.find_v2, "fp16")),
         Backend("sage1", 8, sage.find_v1),
-        Backend("hopper-fp8", 8, hopper_fp8.find, lowest=(9, 0), over=hopper_fp8.run_over),
+        Backend(
+            *("hopper-fp8", 8, hopper_fp8.find, (9, 0)),
+            over=hopper_fp8.run_over,
+            compact=hopper_fp8.run_compact,
+        ),
         Backend("cudnn-fp8", 8, cudnn_fp8.find, lowest=(9, 0), over=cudnn_fp8.run_over),
         Backend("flash3", 16, partial(_flash, "flash_attn_interface"), lowest=(9, 0)),
         Backend("flash2", 16, partial(_flash, "flash_attn")),
@@ -418,10 +428,25 @@ def named(name: str, device: torch.device) -> Run:
     return run
 
 
-def in_engine(name: str, device: torch.device) -> Run:
-    """As `named`, for the model's blocks: it may take the memory of its q for the result."""
-    run = named(name, device)
-    return BACKENDS[name].over or run
+class Attending:
+    """A backend as a model's blocks take it (an `Attend`): it may take the memory of its inputs.
+
+    compact: what `compact_qk.compact_of` finds.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Raises RequestError for a backend that is missing on this device."""
+        run, backend = named(name, device), BACKENDS[name]
+        self._run, self._run_compact = backend.over or run, backend.compact
+        self.compact: MixCompact | None = None if backend.compact is None else self._of_compact
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `attend`."""
+        return self._run(q, k, v, q.shape[-1] ** -0.5)
+
+    def _of_compact(self, q8: Tensor, k8: Tensor, v: Tensor, scales: QKScales) -> Tensor:
+        assert self._run_compact is not None
+        return self._run_compact(q8, k8, v, scales, q8.shape[-1] ** -0.5, v)
 
 
 def _must(name: str, device: torch.device) -> Run:

@@ -30,7 +30,9 @@ FEW_CHUNKS = (6, 3)
 """Shorter rings, where RAM or what can be pinned is short; the first serves where nothing is pinned."""
 
 Device = Literal["cuda", "cpu"]
-Text = Literal["resident", "streamed", "known"]
+Text = Literal["resident", "cached", "streamed", "known"]
+"""Where the text encoder is: on the GPU for good; its blocks in RAM, once a prompt has needed them, or read
+from their file for each prompt, and on the GPU for that phase alone; nowhere, as the states are known."""
 Limit = Literal["compute", "disk", "PCIe", "RAM"]
 Parts = dict[str, dict[str, int]]
 
@@ -76,8 +78,9 @@ class Budget:
 class Wish:
     """What the profile would like to stay on the GPU for the next video, if all fits together.
 
-    alternatives: other variants of the model, name -> sizes, for the advice when nothing fits. attention: the
-    8-bit backend that works here, if one does: it is faster and needs more memory.
+    text_stays: else in RAM, if that has room when all else has its own. alternatives: other variants of the
+    model, name -> sizes, for the advice when nothing fits. attention: the 8-bit backend that works here, if
+    one does: it is faster and needs more memory.
     """
 
     text_stays: bool = False
@@ -193,6 +196,11 @@ def device_parts(inputs: Inputs, choice: Choice) -> Parts:
     return {phase: {name: n for name, n in parts.items() if n} for phase, parts in phases.items()}
 
 
+def text_cache(sizes: ModelSizes, choice: Choice) -> int:
+    """RAM of a text encoder whose blocks stay there; its table of tokens stays in its file."""
+    return sizes.text.count * sizes.text.matrices if choice.text == "cached" else 0
+
+
 def vae_bytes(sizes: ModelSizes) -> int:
     """The VAE's decoder as it lies in memory."""
     return decoder_parameters(sizes.vae_base_dim) * sizes.vae_itemsize
@@ -223,12 +231,14 @@ def host_bytes(inputs: Inputs, choice: Choice, parts: Parts) -> dict[str, int]:
     parts.
 
     What is loaded whole goes through RAM tensor by tensor, to a GPU piece by piece. The cache fills while
-    denoising and stays until the end; the decode ends with all frames in RAM.
+    denoising and stays until the end, that of the text encoder while the prompt is encoded; the decode ends
+    with all frames in RAM.
     """
     sizes, cuda = inputs.sizes, inputs.device == "cuda"
     base = (costs.PROCESS_CUDA if cuda else costs.PROCESS_CPU) + costs.HOST_SLACK + choice.ring.nbytes
     if cuda and not choice.vae_stays:
         base += vae_bytes(sizes)
+    base += text_cache(sizes, choice)
     cache = choice.cached * sizes.blocks.matrices
     host = {}
     for phase, there in parts.items():
@@ -258,14 +268,9 @@ def times(inputs: Inputs, choice: Choice) -> tuple[int, dict[str, Estimate]]:
     read = disk / speeds.disk
     seconds["load"] = Estimate(start + read, "disk" if read > start else "compute")
     if choice.text != "known":
-        prompts = job.forwards
         # Every prompt reads a streaming encoder anew.
-        nbytes = (1 if choice.text == "resident" else prompts) * sizes.text.count * sizes.text.stored
-        disk += nbytes
-        terms = {"compute": prompts * costs.text_seconds(sizes, speeds), "disk": nbytes / speeds.disk}
-        if cuda:
-            terms["PCIe"] = nbytes / speeds.copied_to_gpu(choice.ring.pinned)
-        seconds["text"] = _longest(terms)
+        disk += (job.forwards if choice.text == "streamed" else 1) * sizes.text.count * sizes.text.stored
+        seconds["text"] = text_time(inputs, choice)
 
     whole, lean = later_passes(inputs, choice)
     disk += blocks.stored * (blocks.count + whole * stored)
@@ -277,6 +282,27 @@ def times(inputs: Inputs, choice: Choice) -> tuple[int, dict[str, Estimate]]:
     left = max(costs.MP4_LEFT * encoding, encoding - seconds["decode"].seconds)
     seconds["mp4"] = Estimate(left, "compute")
     return disk, seconds
+
+
+def text_time(inputs: Inputs, choice: Choice) -> Estimate:
+    """All prompts of one video, of which the first is read from the disk. The next ones are not where the
+    encoder stays: from RAM they take the ring's way, as it is pinned only beside the first denoise steps.
+    """
+    sizes, speeds, more = inputs.sizes.text, inputs.speeds, inputs.job.forwards - 1
+    computing = costs.text_seconds(inputs.sizes, speeds)
+    stored, cached = sizes.count * sizes.stored, sizes.count * sizes.matrices
+    first, next_ = {"compute": computing, "disk": stored / speeds.disk}, {"compute": computing}
+    if inputs.device == "cuda":
+        bus = speeds.copied_to_gpu(choice.ring.pinned)
+        first["PCIe"] = stored / bus
+        if choice.text == "cached":
+            next_ |= {"PCIe": cached / bus, "RAM": cached / speeds.ram_copy}
+    if choice.text == "streamed":
+        next_ = first
+    if choice.text == "resident":  # what is loaded at once need not be there before the next prompt begins
+        return _longest(first | {"compute": (1 + more) * computing})
+    total = {term: first.get(term, 0.0) + more * next_.get(term, 0.0) for term in first | next_}
+    return Estimate(max(first.values()) + more * max(next_.values()), _longest(total).limit)
 
 
 def later_passes(inputs: Inputs, choice: Choice) -> tuple[int, int]:

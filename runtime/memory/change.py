@@ -19,7 +19,8 @@ def change(before: Plan, after: Plan) -> str:
     if after.blocks.slots < before.blocks.slots:
         found.append(f"{after.blocks.slots} instead of {before.blocks.slots} slots")
     if after.text != before.text:
-        found.append(f"the text encoder {after.text}")
+        read = "read from disk for each prompt" if before.text == "cached" else after.text
+        found.append(f"the text encoder {read}")
     if before.vae_stays and not after.vae_stays:
         found.append("the VAE in RAM between decodes")
     if after.release_for_decode and not before.release_for_decode:

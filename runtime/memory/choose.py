@@ -1,10 +1,12 @@
 """Filling a budget: which ring, slots, blocks, slices and rung; pure arithmetic.
 
 More memory of any kind never gives a slower plan. So what is taken only for want of memory (short slices, one
-slot) goes without resident blocks, and RAM is cached in only beside the longest ring.
+slot) goes without resident blocks, RAM is cached in only beside the longest ring, and the text encoder stays
+in RAM only beside all blocks that could ever be cached.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from math import inf
 
@@ -27,7 +29,7 @@ from runtime.memory.account import (
     host_bytes,
     later_passes,
     moved,
-    pass_seconds,
+    text_time,
     times,
 )
 from runtime.memory.costs import LONGEST_SLICE, MIB, free_slice, usual_slice
@@ -50,15 +52,15 @@ def choose(inputs: Inputs, wish: Wish) -> Choice:
 
     An attention in 8 bits if that is faster, with what remains for blocks beside its copies.
     """
-    plain = _chosen(inputs, wish, "")
-    if not wish.attention or inputs.device == "cpu":
-        return plain
-    try:
-        eight_bits = _chosen(inputs, wish, wish.attention)
-    except DoesNotFitError:
-        return plain
-    faster = denoise_time(inputs, eight_bits).seconds <= denoise_time(inputs, plain).seconds
-    return eight_bits if faster else plain
+    chosen = _chosen(inputs, wish, "")
+    if inputs.device == "cpu":
+        return chosen
+    if wish.attention:
+        with suppress(DoesNotFitError):
+            eight_bits = _chosen(inputs, wish, wish.attention)
+            if denoise_time(inputs, eight_bits).seconds <= denoise_time(inputs, chosen).seconds:
+                chosen = eight_bits
+    return _with_text_cached(inputs, chosen, wish)
 
 
 def _chosen(inputs: Inputs, wish: Wish, attention: str) -> Choice:
@@ -151,11 +153,19 @@ def _leanest_start(inputs: Inputs, attention: str) -> Choice:
         for ring in _rings(inputs):
             for token_slice in slices:
                 choice = Choice(ring, text, 0, 0, number, token_slice, WHOLE, attention=attention)
-                fault = exceeds(inputs, choice, BEFORE_DECODE)
+                fault = exceeds(inputs, choice, BEFORE_DECODE) or _decode_ram(inputs, choice)
                 if fault is None:
                     return choice
     assert fault is not None
     raise fault
+
+
+def _decode_ram(inputs: Inputs, choice: Choice) -> DoesNotFitError | None:
+    """Whether RAM is short in the decode, beside such a ring; GPU memory is no matter of the ring."""
+    if inputs.device == "cpu":
+        return None
+    enough = replace(inputs, budget=replace(inputs.budget, vram=1 << 62))
+    return exceeds(enough, choice, ("decode",))
 
 
 def _with_residents(inputs: Inputs, choice: Choice) -> Choice:
@@ -206,25 +216,70 @@ def _tiled(inputs: Inputs, choice: Choice) -> Rung:
     return min(fitting, key=lambda rung: decode_slowdown(inputs, rung))
 
 
+def _with_text_cached(inputs: Inputs, choice: Choice, wish: Wish) -> Choice:
+    """The text encoder stays in RAM where it is wished to stay on the GPU, which has no room, and RAM has.
+
+    Not where reading it again is faster. It takes no more of the GPU, and of RAM what nobody else could want:
+    with more GPU memory more blocks may stream than now, for the sake of the text's keys and values or of
+    another attention, and they would be cached first.
+    """
+    kept = replace(choice, text="cached")
+    if not wish.text_stays or choice.text != "streamed":
+        return choice
+    if text_time(inputs, kept).seconds > text_time(inputs, choice).seconds * (1 + ROUNDING):
+        return choice
+    most = replace(kept, cached=_most_streamed(inputs, wish), ring=_longest_ring(inputs))
+    return kept if exceeds(inputs, most) is None else choice
+
+
+def _most_streamed(inputs: Inputs, wish: Wish) -> int:
+    """Blocks that stream at most, in whichever way a plan with this GPU memory, or more, may be made."""
+    count, most = inputs.sizes.blocks.count, 0
+    for attention in {"", wish.attention}:
+        try:
+            start = _leanest_start(inputs, attention)
+        except DoesNotFitError:
+            return count
+        if start.token_slice != _slices(inputs, attention)[0]:
+            return count
+        filled = _with_residents(inputs, start)
+        kept = replace(start, text_kv=True)
+        if filled.slots and later_passes(inputs, kept)[1] > 0:
+            if exceeds(inputs, kept, BEFORE_DECODE) is not None:
+                return count
+            filled = _with_residents(inputs, kept)
+        most = max(most, count - filled.resident)
+    return most
+
+
+def _longest_ring(inputs: Inputs) -> Ring:
+    # Whichever it is: that more may be pinned takes nothing out of RAM.
+    return Ring(_chunk(inputs), CHUNKS, pinned=False)
+
+
 def with_cache(inputs: Inputs, choice: Choice) -> Choice:
-    """As many cached blocks as fit in RAM, as long as that is no slower than reading them from the disk."""
-    lean = later_passes(inputs, choice)[1] > 0
+    """As many cached blocks as fit in RAM, as long as that is no slower than reading them from the disk.
+
+    A text encoder in RAM leaves if it is in their way.
+    """
+    if choice.text == "cached":
+        alone = with_cache(inputs, replace(choice, text="streamed"))
+        beside = replace(alone, text="cached")
+        fits = exceeds(inputs, replace(beside, ring=_longest_ring(inputs))) is None
+        return beside if fits else alone
     choice = replace(choice, cached=0)
     if inputs.device == "cpu":
         return choice
-    # Beside the longest ring, whichever it is: that more may be pinned takes no block out of the cache.
-    longest = Ring(_chunk(inputs), CHUNKS, pinned=False)
+    longest = _longest_ring(inputs)
     streamed = inputs.sizes.blocks.count - choice.resident
     best, seconds = choice, inf
     for cached in range(streamed + 1):
         candidate = replace(choice, cached=cached)
         if exceeds(inputs, replace(candidate, ring=longest), ("denoise", "decode")) is not None:
             break
-        terms = pass_seconds(
-            inputs, candidate, stored=streamed - cached, cached=cached, copied=streamed, lean=lean
-        )
-        if max(terms.values()) <= seconds:
-            best, seconds = candidate, max(terms.values())
+        took = denoise_time(inputs, candidate).seconds
+        if took <= seconds:
+            best, seconds = candidate, took
     return best
 
 
@@ -239,18 +294,26 @@ def leaner(inputs: Inputs, choice: Choice, phase: str) -> list[Choice]:
         smaller = [rung for rung in ladder if decoding(inputs, rung) < now]
         released = [replace(choice, release=True)] if not choice.release else []
         return [*released, *_leaving(choice), *(replace(choice, rung=rung, release=True) for rung in smaller)]
-    slices: list[Choice] = []
+    ways: list[Choice] = []
+    if phase == "denoise" and choice.text_kv:
+        choice = replace(choice, text_kv=False)
+        ways = [choice]
+    ways += _leaving(choice) + _fewer_blocks(inputs, choice)
     if phase == "denoise":
-        kept, choice = choice.text_kv, replace(choice, text_kv=False)
-        slices = [choice] if kept else []
-        tokens = inputs.job.video.tokens
-        now = min(choice.token_slice or tokens, tokens)
-        if choice.attention:
-            shortest = min(now, *(n for n in _slices(inputs)[:1] if n is not None))
-            choice = replace(choice, attention="", token_slice=shortest)
-            slices, now = [*slices, choice], shortest
-        slices += [replace(choice, token_slice=n) for n in _slices(inputs) if n is not None and n < now]
-    return slices + _leaving(choice) + _fewer_blocks(inputs, choice)
+        ways += _other_bits(inputs, ways[-1] if ways else choice)
+    return [*ways, replace(choice, resident=0, slots=1)]
+
+
+def _other_bits(inputs: Inputs, choice: Choice) -> list[Choice]:
+    """Shorter slices, then attention in 16 bits: what may change the picture, or does."""
+    tokens = inputs.job.video.tokens
+    now = min(choice.token_slice or tokens, tokens)
+    slices = [n for n in _slices(inputs, choice.attention) if n is not None and n < now]
+    ways = [replace(choice, token_slice=n) for n in slices]
+    if choice.attention:
+        usual = _slices(inputs)[0]
+        ways.append(replace(choice, attention="", token_slice=now if usual is None else min(now, usual)))
+    return ways
 
 
 def _leaving(choice: Choice) -> list[Choice]:
@@ -261,10 +324,10 @@ def _leaving(choice: Choice) -> list[Choice]:
 
 
 def _fewer_blocks(inputs: Inputs, choice: Choice) -> list[Choice]:
-    """Half the resident blocks, and half of those ..., then one slot."""
+    """Half the resident blocks, and half of those, down to none."""
     count, resident = inputs.sizes.blocks.count, choice.resident
     ways = []
     while resident:
         resident //= 2
         ways.append(replace(choice, resident=resident, slots=min(SLOTS, count - resident)))
-    return [*ways, replace(choice, resident=0, slots=1)]
+    return ways

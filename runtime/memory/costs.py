@@ -37,24 +37,30 @@ STATES = 5.0
 """States of all tokens, U each, that an attention in 16 bits has alive: x, q, k, v and its result."""
 
 STATES_8BIT = {
-    "hopper-fp8": 5.5,
+    "hopper-fp8": 3.5,
     "cudnn-fp8": 6.0,
-    "sage1": 7.0,
-    "sage2": 6.5,
-    "sage2-fp16": 6.5,
-    "sage2-fp32": 6.5,
+    "sage1": 8.0,
+    "sage2": 7.5,
+    "sage2-sm90": 8.5,
+    "sage2-fp16": 7.0,
+    "sage2-fp32": 7.5,
 }
 """The same in 8 bits, by backend: x, q, k, v, the 8-bit copies of the last three (half a U each), and the
-result, which hopper-fp8 puts into q's place and cuDNN makes in 8 bits; SageAttention makes its own in 16 and
-may turn v around in 16 bits first. Counted for the first two (`tests/unit/test_hopper_fp8.py`,
-`test_cudnn_fp8.py`), read from the published code for Sage."""
+result, which cuDNN makes in 8 bits. SageAttention 2 has v in 16 bits twice while it turns it around, and on
+sm_90 a third time, longer by a few keys; release 1 has a copy of k. hopper-fp8 takes compact q and k
+(`runtime/layers/compact_qk.py`), half a U each and no others, and puts the result into v's place. Counted for
+hopper-fp8 and cuDNN (`tests/unit/test_compact_qk.py`, `test_cudnn_fp8.py`), measured on an H200 for sage1,
+sage2-sm90 and sage2-fp16, read from the published code for the rest."""
+
+COMPACT = {"hopper-fp8"}
+"""Attentions whose q and k are compact: 3U live throughout a forward instead of 4U."""
 
 FASTER_8BIT = 1.4
 """Of an attention in 8 bits against one in 16: 27.4 against 38.4 ms on the H200. Elsewhere a guess."""
 
-LONG_SLICE_STATES = 6.0
-"""States beside an attention in 8 bits for which slices are long where memory is not short: three slices at
-480x832x81, where the least that such an attention needs would make four."""
+LONG_SLICE_ROOM = 2.0
+"""States for a slice beside an attention in 8 bits, where memory is not short, beyond what lives throughout:
+three slices at 480x832x81, where the least that such an attention needs would make four or more."""
 
 LONGEST_SLICE = 4096
 """Tokens that a slice has at least, unless memory is short."""
@@ -176,24 +182,36 @@ def reserved(live: int) -> int:
 
 
 def usual_slice(sizes: ModelSizes, video: Geometry, fused: bool, attention: str = "") -> int:
-    """Tokens of a slice where memory is not short: as many as need no more than the attention does, or six
+    """Tokens of a slice where memory is not short: as many as need no more than the attention does, or two
     states where it is in 8 bits.
     """
-    states = max(STATES_8BIT[attention], LONG_SLICE_STATES) if attention in STATES_8BIT else STATES
-    return _slice_within(states, sizes, video, fused)
+    room = states_beside(attention)
+    return _slice_within(
+        max(room, LONG_SLICE_ROOM) if attention in STATES_8BIT else room, sizes, video, fused
+    )
 
 
 def free_slice(sizes: ModelSizes, video: Geometry, fused: bool, attention: str = "") -> int:
     """Tokens of the longest slice that needs no more than the attention does; at least LONGEST_SLICE."""
-    return _slice_within(STATES_8BIT.get(attention, STATES), sizes, video, fused)
+    return _slice_within(states_beside(attention), sizes, video, fused)
+
+
+def held_states(attention: str = "") -> float:
+    """States that live throughout a forward in slices: x, q, k and v."""
+    return 3.0 if attention in COMPACT else 4.0
+
+
+def states_beside(attention: str = "") -> float:
+    """States that the attention has alive beyond those."""
+    return STATES_8BIT.get(attention, STATES) - held_states(attention)
 
 
 def _slice_within(states: float, sizes: ModelSizes, video: Geometry, fused: bool) -> int:
-    """Tokens of a slice for which, beside the 4U that live throughout (`activations`), so many U suffice.
+    """Tokens of a slice for which so many U suffice, beside what lives throughout (`activations`).
 
     All slices are as long as each other, in steps of 256 tokens.
     """
-    room = (states - 4) * video.tokens * sizes.dim * sizes.itemsize
+    room = states * video.tokens * sizes.dim * sizes.itemsize
     each = slice_bytes(sizes, 1024, fused) / 1024
     most = max(int(room / each) // 256 * 256, LONGEST_SLICE)
     even = -(-video.tokens // -(-video.tokens // most))
@@ -210,11 +228,11 @@ def activations(
 ) -> int:
     """Most bytes alive during one forward, weights not counted. attention: the 8-bit backend, if it is one.
 
-    Sliced (`Transformer.velocity`): x, and q, k, v in one workspace, live throughout: 4U. Attention writes
-    one U more, which goes to q's place, and in 8 bits has its copies; then slices run beside the 4U:
-    max(5U + workspace, 4U + slice). A video of one slice has no workspace: x and attention's result live
-    beside the slice, 2U + slice, or again 5U. To it come the rotary table (cosines and sines, fp32, half a
-    head each), keys and values of the text, the embedded text of each forward, and the latents.
+    Sliced (`Transformer.velocity`): x, and q, k, v in one workspace, live throughout: 4U, with compact q and
+    k 3U. Attention writes one U more, which goes to v's place, and in 8 bits has its copies; then slices run
+    beside the 4U: max(5U + workspace, 4U + slice). A video of one slice has no workspace: x and attention's
+    result live beside the slice, 2U + slice, or again 5U. To it come the rotary table (cosines and sines,
+    fp32, half a head each), keys and values of the text, the embedded text of each forward, and the latents.
     """
     tokens, e = video.tokens, sizes.itemsize
     state = tokens * sizes.dim * e
@@ -223,7 +241,7 @@ def activations(
     if token_slice is None or token_slice >= tokens:
         block = max(mixing, 2 * state + slice_bytes(sizes, tokens, fused))
     else:
-        block = max(mixing, 4 * state + slice_bytes(sizes, token_slice, fused))
+        block = max(mixing, int(held_states(attention) * state) + slice_bytes(sizes, token_slice, fused))
     rope = 2 * tokens * (sizes.head_dim // 2) * 4
     text = sizes.text_len * sizes.dim * e * (2 + forwards)
     return block + rope + text + LATENT_COPIES * video.latents

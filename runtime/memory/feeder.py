@@ -1,8 +1,10 @@
 """The threads behind a stream: readers fill chunks of the ring, one copier sends them on, in order.
 
     files, cache --readers--> chunks --copier, one lane--> slots and resident buffers --main thread--> blocks
+    pinned cache ----------------------^
 
-What comes when, and why nothing can deadlock, is in `visits`.
+What comes when, and why nothing can deadlock, is in `visits`. What lies in pinned memory needs no chunk: the
+readers pass it on to the copier as it is.
 """
 
 import threading
@@ -18,7 +20,7 @@ from runtime.memory.ring import Chunk, Ring
 from runtime.memory.source import ReadStopped
 from runtime.memory.stored import PieceReader, StoredBlock, split
 from runtime.memory.trace import Trace
-from runtime.memory.visits import Epoch, Home, Task
+from runtime.memory.visits import Epoch, Home, Prepared, Task
 
 JOIN_SECONDS = 0.7  # how long `stop` waits for a thread that hangs in a read
 
@@ -46,7 +48,7 @@ class Feeder:
         self._stopping = False
         self._failure: BaseException | None = None
         self._copying = False
-        self._filled: dict[int, tuple[Task, Chunk, Tensor]] = {}  # read, not yet on their way
+        self._prepared = Prepared()
         self.epoch = Epoch(self._pieces, self.residents, self.slots, None)
 
     # ---- the main thread
@@ -150,12 +152,19 @@ class Feeder:
         with self._changed:
             self._rewind()
 
-    def place(self, residents: dict[int, Home], slots: list[Home]) -> None:
-        """Other buffers from now on; returns when nothing writes to the old ones any more."""
+    def place(
+        self, residents: dict[int, Home], slots: list[Home], cached: Sequence[int] | None = None
+    ) -> None:
+        """Other buffers from now on, and other blocks cached unless None.
+
+        Returns when nothing writes to the old buffers any more; nor does a copy read a block that was cached.
+        """
         with self._changed:
             self._failure = None  # whatever it was, it was about the blocks as they were placed
             self._rewind()
             self.lane.settle()
+            if cached is not None:
+                self.reader.set_cached(cached)  # with the lock: nobody passes on what is unpinned here
             self.residents, self.slots = residents, slots
             self._rewind()
 
@@ -168,18 +177,24 @@ class Feeder:
     def stop(self) -> bool:
         """End the threads and all copies; idempotent. False if a thread hangs in a read: it ends with that.
 
-        A thread that hangs keeps its chunk and nothing else.
+        A thread that hangs keeps its chunk and nothing else. No copy reads cached blocks afterwards.
         """
         with self._changed:
             patience = 0.0 if self._stopping else JOIN_SECONDS  # once is enough
             self._stopping = True
             last, self.epoch = self.epoch, Epoch(self._pieces, {}, [], 0)
-            self._drop_filled()
+            self._prepared.drop(self.ring)
             self._changed.notify_all()
         self.ring.wake()
         deadline = time.monotonic() + patience
+        this = threading.current_thread()  # one of them, if it is where the collector found a dropped stream
         for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread is not this:
+                thread.join(max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            # The copier, the first of them, never hangs in a read. It may wait for the GPU, as `settle` does.
+            while self._copying and self._threads[:1] != [this]:
+                self._changed.wait()
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         self.lane.settle()
         last.end()
@@ -219,16 +234,11 @@ class Feeder:
         while self._copying:
             self._changed.wait()
         old.end()
-        self._drop_filled()
+        self._prepared.drop(self.ring)
         self.epoch = Epoch(self._pieces, self.residents, self.slots, allowed, preloading, self._lean, whole)
         for slot in self.slots:
             slot.free = self.lane.after_compute()
         self._changed.notify_all()
-
-    def _drop_filled(self) -> None:
-        for _, chunk, _ in self._filled.values():
-            self.ring.release(chunk)
-        self._filled.clear()
 
     # ---- the threads
 
@@ -263,20 +273,37 @@ class Feeder:
                 self._changed.wait()
 
     def _read(self) -> None:
-        """One reader's round: a chunk, the next piece, its bytes."""
+        """One reader's round: a chunk, the next piece that is not pinned, its bytes."""
         # A round is a call, so that a thread which waits for the next one holds on to no buffer.
         with self._changed:
-            while not self._stopping and (self._failure is not None or self.epoch.peek() is None):
+            while not self._stopping and not self._must_read():
                 self._changed.wait()
         chunk = None if self._stopping else self.ring.acquire(lambda: self._stopping)
         if chunk is None:
             return
         with self._changed:  # only with a chunk in hand: the earliest piece must never be without one
-            task = self.epoch.pop() if self._failure is None and not self._stopping else None
+            task = self.epoch.pop() if self._must_read() else None
         if task is None:
             self.ring.release(chunk)
         else:
             self._fill(task, chunk)
+
+    def _must_read(self) -> bool:
+        """Pass on the next pieces as far as they are pinned, lock held; whether one is next that is not."""
+        passed = False
+        parts: tuple[Tensor, ...] | None = None
+        task = None
+        while self._failure is None and not self._stopping and (task := self.epoch.peek()) is not None:
+            parts = self.reader.in_place(task.visit.index, task.piece)
+            if parts is None or self._prepared.full:
+                break
+            self.epoch.pop()
+            self.reader.count_cached(task.piece)
+            self._prepared.put(task, None, parts)
+            passed = True
+        if passed:
+            self._changed.notify_all()
+        return task is not None and parts is None and self._failure is None and not self._stopping
 
     def _fill(self, task: Task, chunk: Chunk) -> None:
         """Read one piece into the chunk; it is the copier's then, or back in the ring."""
@@ -289,7 +316,7 @@ class Feeder:
                 trace.add("read", str(task.visit.index), begin, trace.mark_host())
             with self._changed:
                 if task.epoch is self.epoch:
-                    self._filled[task.number] = (task, chunk, data)
+                    self._prepared.put(task, chunk, (data,))
                     kept = True
                     self._changed.notify_all()
         except ReadStopped:
@@ -302,38 +329,45 @@ class Feeder:
 
     def _can_copy(self) -> bool:
         """Whether the next piece in order is read and its slot is released, lock held."""
-        if self._failure is not None or self.epoch.copied not in self._filled:
+        task = self._prepared.first(self.epoch)
+        if self._failure is not None or task is None:
             return False
-        number = self._filled[self.epoch.copied][0].visit.number
+        number = task.visit.number
         return number is None or number < self.epoch.released + len(self.slots)
 
     def _copy(self) -> None:
-        """The copier's round: the next piece in order, as soon as it is read and its slot released."""
+        """The copier's round: what is next in order, as soon as it is read and its slot released."""
         with self._changed:
             while not self._stopping and not self._can_copy():
                 self._changed.wait()
             if self._stopping:
                 return
-            task, chunk, data = self._filled.pop(self.epoch.copied)
-            self.epoch.copied += 1
+            batch = self._prepared.take(self.epoch)
             self._copying = True
-        event: Any = None
         try:
-            event = self._send(task, data)
+            for task, chunk, parts in batch:
+                event: Any = None
+                try:
+                    event = self._send(task, parts)
+                finally:
+                    if chunk is not None:
+                        self.ring.release(chunk, event)
         finally:
-            self.ring.release(chunk, event)
             with self._changed:  # only here, where nothing knows the buffer any more: it may be about to go
                 self._copying = False
                 self._changed.notify_all()
 
-    def _send(self, task: Task, data: Tensor) -> Any:
+    def _send(self, task: Task, parts: Sequence[Tensor]) -> Any:
         """Copy one piece; the last of a visit makes its block ready. Returns the event of the copy."""
         home, piece, trace = task.epoch.home_of(task.visit), task.piece, self.trace
-        target = home.buffer[piece.position : piece.position + piece.nbytes]
-        event, times = self.lane.copy(target, data, home.free, trace)
-        home.free = None  # the lane is in order: one wait covers what follows
-        if trace is not None and times is not None:
-            trace.add("copy", str(task.visit.index), *times)
+        begin, event = piece.position, None
+        for part in parts:
+            target = home.buffer[begin : begin + part.nbytes]
+            begin += part.nbytes
+            event, times = self.lane.copy(target, part, home.free, trace)
+            home.free = None  # the lane is in order: one wait covers what follows
+            if trace is not None and times is not None:
+                trace.add("copy", str(task.visit.index), *times)
         with self._changed:
             self.copied_bytes += piece.nbytes
             task.visit.left -= 1

@@ -1,9 +1,10 @@
 """Where everything lies during one video, what that takes and how long: decided before anything loads.
 
 `make_plan` fills a budget: the ring first, then two slots, then the text's keys and values and as many
-resident blocks as GPU memory leaves, then as many cached blocks as RAM leaves; the rest is read from disk
-each time. Pure arithmetic, no torch: `sizes` knows the bytes of the model, `speeds` what a card does in a
-second, `costs` the formulas, `account` adds them up and `choose` decides.
+resident blocks as GPU memory leaves, then as many cached blocks as RAM leaves, and last the text encoder in
+RAM if it was to stay on the GPU; the rest is read from disk each time. Pure arithmetic, no torch: `sizes`
+knows the bytes of the model, `speeds` what a card does in a second, `costs` the formulas, `account` adds them
+up and `choose` decides.
 
 On the CPU (`Budget.vram` 0) the blocks compute where they lie: resident ones in RAM, the others come through
 slots in RAM, and nothing is cached.
@@ -30,6 +31,7 @@ from runtime.memory.account import (
     Wish,
     device_parts,
     host_bytes,
+    text_cache,
     times,
 )
 from runtime.memory.choose import DoesNotFitError, choose, exceeds, leaner, with_cache
@@ -104,8 +106,9 @@ class Plan:
 
     @property
     def pinned(self) -> int:
-        """Bytes of RAM that cannot be swapped."""
-        return self.ring.nbytes if self.ring.pinned else 0
+        """Bytes of RAM that cannot be swapped, at most: of a text encoder in RAM, what the driver allows."""
+        of_text = text_cache(self.inputs.sizes, self._choice())
+        return self.ring.nbytes + of_text if self.ring.pinned else 0
 
     @property
     def total_seconds(self) -> float:
@@ -129,10 +132,11 @@ class Plan:
     def lower(self, phase: str) -> "Plan | None":
         """The next leaner plan after memory ran out in `phase`, None when there is none.
 
-        Denoise: the text's keys and values leave, then shorter slices of tokens, then what only stays for
-        the next video leaves, then half the resident blocks ..., at last one slot. Text and entry: the same
-        without the first two. Decode: the blocks leave, then what else stays, then smaller rungs. Each plan
-        takes less in that phase than the one before, and no more in any other.
+        Denoise: first what costs time alone. The text's keys and values leave, then what only stays for the
+        next video, then half the resident blocks ... down to none; only then shorter slices of tokens and
+        attention in 16 bits, at last one slot. Text and entry: the same without keys, slices and attention.
+        Decode: the blocks leave, then what else stays, then smaller rungs. Each plan takes less in that phase
+        than the one before, and no more in any other: what takes no less is passed over.
         """
         for choice in leaner(self.inputs, self._choice(), phase):
             lower = assemble(self.inputs, with_cache(self.inputs, choice))

@@ -27,7 +27,7 @@ from runtime.memory.source import PAGE, SLACK
 
 MIN_CHUNK = SLACK + PAGE
 MIN_PINNED = 2  # chunks; with one alone reading and copying could not overlap
-_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context of the process
+PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context of the process
 _POLL = (0.0002, 0.002)  # seconds between looks at an event, at first and at most
 
 
@@ -59,7 +59,8 @@ class Ring:
 
     pinned: pin them for CUDA's copies. When the driver pins fewer than all, the ring is as short as that;
     when it pins fewer than two, all chunks are ordinary memory. `pinned` and `description` say what came of
-    it. device: the GPU that the copies are for, the current one if none is named.
+    it. device: the GPU that the copies are for, the current one if none is named. `driver`: libcuda as it was
+    used, None where nothing is pinned.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Ring:
             raise ValueError(f"{chunks} chunks: expected at least one")
         self.chunk_bytes = chunk_bytes
         self.pinned = False
+        self.driver: Any | None = None
         # Shared, which is mmap's default: private pages are copied on a write while a child process starts,
         # and the GPU would go on reading the old ones.
         self._memory = mmap.mmap(-1, chunk_bytes * chunks)
@@ -170,13 +172,13 @@ class Ring:
 
     def _pin(self, driver: Any, chunks: int) -> tuple[int, str]:
         """Pin chunk by chunk: (chunks to keep, why not all)."""
-        address, reason = _address(self._memory), ""
+        address, reason = address_of(self._memory), ""
         count = 0
         while count < chunks:
             status = driver.cuMemHostRegister_v2(
                 ctypes.c_void_p(address + count * self.chunk_bytes),
                 ctypes.c_size_t(self.chunk_bytes),
-                _PORTABLE,
+                PORTABLE,
             )
             if status != 0:
                 reason = (
@@ -186,11 +188,11 @@ class Ring:
             count += 1
         places = [address + i * self.chunk_bytes for i in range(count)]
         if count >= min(MIN_PINNED, chunks):
-            self.pinned = True
+            self.pinned, self.driver = True, driver
             # Also when the ring is dropped without `close`. The mapping is held until then.
-            self._unpin = weakref.finalize(self, _unregister, driver, places, self._memory)
+            self._unpin = weakref.finalize(self, unregister, driver, places, self._memory)
             return count, reason
-        _unregister(driver, places, self._memory)
+        unregister(driver, places, self._memory)
         return chunks, reason
 
 
@@ -204,10 +206,12 @@ def cuda_driver(device: torch.device | str | None = None) -> Any:
     return driver
 
 
-def _unregister(driver: Any, places: list[int], memory: mmap.mmap) -> None:
+def unregister(driver: Any, places: list[int], memory: mmap.mmap) -> None:
+    """Unpin what begins at `places`, parts of `memory`, which is there until then."""
     for place in places:
         driver.cuMemHostUnregister(ctypes.c_void_p(place))
 
 
-def _address(memory: mmap.mmap) -> int:
+def address_of(memory: mmap.mmap) -> int:
+    """Where a mapping begins."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -8,7 +8,6 @@ They travel in pieces, each a part of one matrix that fits a chunk of the ring.
 """
 
 import ctypes
-import mmap
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from runtime.checkpoint import Checkpoint, TensorInfo
 from runtime.linear import QuantizedLinear
+from runtime.memory.cached import CachedBlock
 from runtime.memory.ring import Chunk
 from runtime.memory.source import PAGE, WeightFiles
 
@@ -142,35 +142,6 @@ def split(block: StoredBlock, capacity: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-class CachedBlock:
-    """The buffer of one block in ordinary memory; pieces come in at the first pass and stay."""
-
-    def __init__(self, nbytes: int) -> None:
-        # Mapped: the pages come one by one as they are written, and all go back to the system at the end.
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # large pages are for private memory alone
-        self._memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 1), private), dtype=np.uint8)
-        self._have: set[int] = set()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes when it is full."""
-        return self._memory.nbytes
-
-    def put(self, piece: Piece, data: np.ndarray) -> None:
-        """Keep the bytes (nbytes,) of a piece."""
-        # numpy copies without the interpreter's lock and, unlike torch, without a pool of threads for each
-        # caller
-        np.copyto(self._memory[piece.position : piece.position + piece.nbytes], data)
-        self._have.add(piece.position)
-
-    def get(self, piece: Piece, into: np.ndarray) -> bool:
-        """Copy the piece into `into` (nbytes,); False if it has not come in yet."""
-        if piece.position not in self._have:
-            return False
-        np.copyto(into, self._memory[piece.position : piece.position + piece.nbytes])
-        return True
-
-
 class PieceReader:
     """Fills chunks with pieces, from the cache or from the files; for any number of threads."""
 
@@ -184,10 +155,29 @@ class PieceReader:
         self._lock = threading.Lock()
 
     def set_cached(self, cached: Sequence[int]) -> None:
-        """The blocks to keep in memory from their next reading on; others are let go."""
-        self.cached = {
-            i: self.cached[i] if i in self.cached else CachedBlock(self._blocks[i].nbytes) for i in cached
-        }
+        """The blocks to keep in memory from their next reading on; others are let go, and unpinned.
+
+        So no copy may be on its way from those: whoever calls this has let the lane settle.
+        """
+        before = self.cached
+        self.cached = {i: before[i] if i in before else self._room(self._blocks[i]) for i in cached}
+        CachedBlock.release(before[index] for index in before.keys() - self.cached.keys())
+
+    def _room(self, block: StoredBlock) -> CachedBlock:
+        return CachedBlock(block.nbytes, sum(matrix.nbytes for matrix in block.matrices))
+
+    def in_place(self, index: int, piece: Piece) -> tuple[Tensor, ...] | None:
+        """The piece of block `index` where it lies, uint8, if that is pinned: nothing is to be filled then.
+
+        In parts, in their order. They are valid until `set_cached` drops the block.
+        """
+        cache = self.cached.get(index)
+        return None if cache is None else cache.in_place(piece.position, piece.nbytes)
+
+    def count_cached(self, piece: Piece) -> None:
+        """The piece goes to the device out of the cache."""
+        with self._lock:
+            self.cache_bytes += piece.nbytes
 
     def open(self, blocks: Sequence[int]) -> None:
         """Open the files of these blocks; WeightsError when one is gone."""
@@ -201,16 +191,17 @@ class PieceReader:
         """
         cache = self.cached.get(index)
         memory = np.frombuffer(chunk.space, dtype=np.uint8)
-        if cache is not None and cache.get(piece, memory[: piece.nbytes]):
-            with self._lock:
-                self.cache_bytes += piece.nbytes
+        if cache is not None and cache.get(piece.position, memory[: piece.nbytes]):
+            self.count_cached(piece)
             return chunk.bytes[: piece.nbytes]
+        del cache  # a read that hangs must not keep what is let go meanwhile
         begin = self._read(piece, chunk, stopped)
         if piece.matrix.dtype != piece.matrix.info.dtype:
             convert(memory, begin, piece)
             begin = 0
+        cache = self.cached.get(index)
         if cache is not None:
-            cache.put(piece, memory[begin : begin + piece.nbytes])
+            cache.put(piece.position, memory[begin : begin + piece.nbytes])
         return chunk.bytes[begin : begin + piece.nbytes]
 
     def _read(self, piece: Piece, chunk: Chunk, stopped: Callable[[], bool]) -> int:

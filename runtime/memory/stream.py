@@ -6,11 +6,11 @@
     stream.close()
 
 A block is resident (its matrices have their own buffer on the device), cached (in memory, copied at every
-pass) or stored (read from its file at every pass). The small tensors of all blocks are on the device for
-good. Iterating binds the matrices of a block to views of a buffer, lets the computation wait for the event
-of their copies, and afterwards gives the buffer to the block after next, which is on its way while this one
-computes. The same bytes reach the same kernels wherever a block lives, so the results are equal bit for
-bit.
+pass; straight from there once it is pinned) or stored (read from its file at every pass). The small tensors
+of all blocks are on the device for good. Iterating binds the matrices of a block to views of a buffer, lets
+the computation wait for the event of their copies, and afterwards gives the buffer to the block after next,
+which is on its way while this one computes. The same bytes reach the same kernels wherever a block lives, so
+the results are equal bit for bit.
 """
 
 import os
@@ -22,10 +22,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from runtime.memory.cached import Pinner
 from runtime.memory.feeder import Feeder
 from runtime.memory.lane import lane_to
+from runtime.memory.ram import is_wsl
 from runtime.memory.ring import Ring
-from runtime.memory.source import ReadCounts, WeightFiles
+from runtime.memory.source import ReadCounts
 from runtime.memory.stored import PieceReader, StoredBlock, matrix_modules
 from runtime.memory.trace import Trace
 from runtime.memory.visits import Home
@@ -88,7 +90,9 @@ class BlockStream(nn.ModuleList):
         self._modules_of = [list(matrix_modules(block).values()) for block in blocks]
         self._reader = reader
         self._device = torch.device(device)
-        self._feeder = Feeder(self._stored, reader, ring, lane_to(self._device), readers)
+        lane = lane_to(self._device)
+        self._feeder = Feeder(self._stored, reader, ring, lane, readers)
+        self._pinner = Pinner(lane, ring.driver)
         self._bound: set[int] = set()
         self._left_out: frozenset[str] = frozenset()
         self._parked = True  # nothing on the device yet
@@ -96,7 +100,7 @@ class BlockStream(nn.ModuleList):
         take_out(blocks)
         reader.open(range(len(self._stored)))
         # Also when the model is dropped without `close`: threads and pinned memory would outlive it.
-        self._finalizer = weakref.finalize(self, _end, self._feeder, reader.files)
+        self._finalizer = weakref.finalize(self, _end, self._feeder, self._pinner)
         self._closed = False
         self._settle_in()
 
@@ -126,6 +130,16 @@ class BlockStream(nn.ModuleList):
     def cache_bytes(self) -> int:
         """Bytes of the blocks that are kept in memory, once all are read."""
         return sum(cached.nbytes for cached in self._reader.cached.values())
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of these that are pinned by now, so that the GPU fetches them from there (`pin_cached`)."""
+        return sum(cached.nbytes for cached in self._reader.cached.values() if cached.pinned)
+
+    @property
+    def pin_refusal(self) -> str:
+        """Why cached blocks stay ordinary memory, as far as they do; empty if nothing is known against it."""
+        return "under WSL little can be pinned" if is_wsl() else self._pinner.refusal
 
     def __iter__(self) -> Iterator[nn.Module]:
         """One pass: each block in order, its matrices there until the next is asked for."""
@@ -163,6 +177,18 @@ class BlockStream(nn.ModuleList):
         self._feeder.leave_out(modules, after)
         self._left_out = frozenset(modules)
 
+    def pin_cached(self, wait: bool = False) -> None:
+        """Have the cached blocks that are complete pinned where they lie: in the background, or `wait`.
+
+        Never raises: what cannot be pinned goes on through the ring. Nothing happens where the ring is not
+        pinned, as on the CPU, and under WSL, where torch needs the little that can be.
+        """
+        if self._closed or self.pin_refusal:
+            return
+        self._pinner.ask(self._reader.cached.values())
+        if wait:
+            self._pinner.wait()
+
     def start(self) -> None:
         """Begin to fetch now, before the first pass."""
         self._unpark()
@@ -186,8 +212,7 @@ class BlockStream(nn.ModuleList):
         """
         self._placement = _checked(resident, cached, slots, len(self._stored))
         if self._parked and not self._closed:
-            self.park()  # whatever was read ahead is not written to a cache that goes
-            self._reader.set_cached(self._placement[1])
+            self._place({}, [], self._placement[1])
         else:
             self._settle_in()
 
@@ -199,14 +224,13 @@ class BlockStream(nn.ModuleList):
     def close(self) -> None:
         """Stop the threads, wait for copies, free the buffers and close the files; idempotent.
 
-        Takes a second at most, whatever the disk does, and the time of what the GPU still has to compute. A
-        thread that hangs in a read ends with it, keeping no more than its chunk until then.
+        Takes a second or two at most, whatever the disk does, and the time of what the GPU still has to
+        compute and of unpinning. A thread that hangs in a read ends with it, keeping no more than its chunk.
         """
         self._closed = True
         self._unbind_all()
-        if _end(self._feeder, self._reader.files):
+        if _end(self._feeder, self._pinner):
             self._finalizer.detach()
-        self._reader.set_cached(())
         self._give_back()
 
     def __enter__(self) -> "BlockStream":
@@ -224,8 +248,7 @@ class BlockStream(nn.ModuleList):
         size = max((self._stored[i].nbytes for i in range(count) if i not in resident), default=0)
         homes = {i: home for i, home in feeder.residents.items() if i in resident}
         buffers = [home for home in feeder.slots if home.buffer.nbytes == size][:slots]
-        self._place(dict(homes), list(buffers))
-        self._reader.set_cached(cached)
+        self._place(dict(homes), list(buffers), cached)
         try:
             for index in resident - homes.keys():
                 homes[index] = self._home(self._stored[index].nbytes)
@@ -241,10 +264,12 @@ class BlockStream(nn.ModuleList):
         feeder.place({index: homes[index] for index in sorted(homes)}, buffers)
         self._parked = False
 
-    def _place(self, residents: dict[int, Home], slots: list[Home]) -> None:
-        """Keep these buffers alone."""
+    def _place(
+        self, residents: dict[int, Home], slots: list[Home], cached: Sequence[int] | None = None
+    ) -> None:
+        """Keep these buffers alone, and of the cached blocks these, if any are named."""
         self._unbind_all()
-        self._feeder.place(residents, slots)
+        self._feeder.place(residents, slots, cached)
         self._give_back()
 
     def _home(self, nbytes: int) -> Home:
@@ -314,9 +339,14 @@ def _checked(
     return held, tuple(cached), slots
 
 
-def _end(feeder: Feeder, files: WeightFiles) -> bool:
-    """Stop the threads and close the files; False while a thread hangs in a read: it keeps its file open."""
+def _end(feeder: Feeder, pinner: Pinner) -> bool:
+    """Stop the threads, let go of the cache and close the files.
+
+    False while a thread hangs in a read: it keeps its file open.
+    """
+    pinner.stop()
     ended = feeder.stop()
+    feeder.reader.set_cached(())  # unpinned only now that no copy is under way
     if ended:
-        files.close()
+        feeder.reader.files.close()
     return ended

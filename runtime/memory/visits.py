@@ -4,8 +4,8 @@ A visit is one coming of a block to the device. Visits of blocks that stream are
 slots in turn, visit v to slot v mod n; v may be copied once the main thread has released visit v - n. A
 resident block has one visit, into its lasting buffer. A visit to a slot is lean, and brings only some
 matrices, where its pass needs no others. Readers take the pieces of the visits in order, so the earliest
-piece that is not copied yet always has a chunk, and whatever waits waits for something earlier: there is no
-deadlock, with one chunk, one slot or many readers.
+piece that is not copied yet always has a chunk (or lies in pinned memory and needs none), and whatever waits
+waits for something earlier: there is no deadlock, with one chunk, one slot or many readers.
 
 An epoch is a run of visits without a break. A pass that is left half way, a failure or another placement ends
 it; the next pass begins another.
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from runtime.memory.ring import Chunk, Ring
 from runtime.memory.stored import Layout, Piece
 
 
@@ -166,3 +167,65 @@ class Epoch:
         self._planned.add(index)
         loaded = self.residents[index].loaded
         return None if loaded else Visit(index, None, self.pieces[index])
+
+
+AHEAD = 64
+"""Pieces in pinned memory that are passed on and not sent. More than the slots take, so that what is to be
+read from the disk behind them is seen in time."""
+
+Ready = tuple[Task, Chunk | None, tuple[Tensor, ...]]
+"""A piece that can be copied, in parts: from its chunk, or from pinned memory."""
+
+
+class Prepared:
+    """The pieces of an epoch that can be copied and are not on their way. It belongs to the feeder's lock.
+
+    What lies in pinned memory needs no chunk, so no chunk bounds how far ahead readers pass it on, and passes
+    may have no end: `full` does. That adds no deadlock. The earliest piece that is not sent is here, or being
+    read, or nobody has taken it yet; then everything that was taken is sent, and there is room for it.
+    """
+
+    def __init__(self) -> None:
+        self._ready: dict[int, Ready] = {}
+        self._pinned = 0  # of these, in pinned memory
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more in pinned memory is to be passed on now."""
+        return self._pinned >= AHEAD
+
+    def put(self, task: Task, chunk: Chunk | None, parts: tuple[Tensor, ...]) -> None:
+        """A piece is ready: in `chunk`, or in pinned memory."""
+        self._ready[task.number] = task, chunk, parts
+        self._pinned += chunk is None
+
+    def first(self, epoch: Epoch) -> Task | None:
+        """What is to be copied next, if it is ready."""
+        found = self._ready.get(epoch.copied)
+        return None if found is None else found[0]
+
+    def take(self, epoch: Epoch) -> list[Ready]:
+        """What is to be copied next: one piece from a chunk, or of a visit all that is ready and pinned.
+
+        All at once, since each round of the copier wakes the other threads, which takes longer than to
+        enqueue a copy; one from a chunk, since somebody may wait for the chunk.
+        """
+        batch = [self._ready.pop(epoch.copied)]
+        epoch.copied += 1
+        visit, chunk = batch[0][0].visit, batch[0][1]
+        while chunk is None:
+            self._pinned -= 1
+            task, chunk, _ = self._ready.get(epoch.copied) or (None, None, ())
+            if task is None or chunk is not None or task.visit is not visit:
+                break
+            batch.append(self._ready.pop(epoch.copied))
+            epoch.copied += 1
+        return batch
+
+    def drop(self, ring: Ring) -> None:
+        """Forget them all; their chunks are the ring's again."""
+        for _, chunk, _ in self._ready.values():
+            if chunk is not None:
+                ring.release(chunk)
+        self._ready.clear()
+        self._pinned = 0

@@ -1,6 +1,6 @@
 """Every kernel against its twin and against the bytes that it must move; the 8-bit product against torch's.
 
-    python -m tests.gpu.measure_kernels [--rows 32760] [--only rows|product]
+    python -m tests.gpu.measure_kernels [--rows 32760] [--only rows|compact|product]
 
 Medians of interleaved runs in one process, random inputs (zeros run faster); under a minute on an H200.
 The floor of an element-wise kernel is its bytes (each input read once, each output written once) over what
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels import launch, tune
+from runtime.kernels.attention_quantize import to_eight_bits_triton
 from runtime.kernels.gated_add import gated_add_torch, gated_add_triton
 from runtime.kernels.gelu_quantize import gelu_quantize_torch, gelu_quantize_triton
 from runtime.kernels.launch import E4M3
@@ -29,10 +30,12 @@ from runtime.kernels.norm_quantize import (
 )
 from runtime.kernels.norm_silu import norm_silu_torch, norm_silu_triton
 from runtime.kernels.rms_rope import rms_rope_torch, rms_rope_triton
+from runtime.kernels.rms_rope_quantize import rms_rope_quantize_torch, rms_rope_quantize_triton
 from runtime.kernels.row_quantize import row_quantize_torch, row_quantize_triton
 from runtime.linear.fp8 import scaled_mm_rowwise
 from runtime.linear.int8 import int_mm
 from runtime.linear.module import rescale
+from tests.kernel_cases import NormedHeads, normed_heads
 
 CUDA = torch.device("cuda", 0)
 WIDTH, WIDE = 5120, 13824
@@ -71,9 +74,6 @@ def copy_rate() -> float:
 
 def row_kernels(rows: int, repeats: int) -> None:
     """The table of the element-wise kernels."""
-    rate = copy_rate()
-    print(f"\nrows {rows}; a copy of 1 GiB moves {rate / 1e9:.2f} TB/s")
-    print(f"{'kernel':34} {'ms':>7} {'floor':>7} {'of floor':>8} {'TB/s':>6} {'twin ms':>8} {'ratio':>6}")
     g = torch.Generator(CUDA).manual_seed(0)
     x = torch.randn(rows, WIDTH, device=CUDA, generator=g).bfloat16()
     branch = torch.randn(rows, WIDTH, device=CUDA, generator=g).bfloat16().mul_(1e-3)
@@ -150,6 +150,35 @@ def row_kernels(rows: int, repeats: int) -> None:
         ),
     ]
     cases += norm_silu_cases(g)
+    table_of(cases, rows, repeats)
+
+
+def compact_kernels(rows: int, repeats: int) -> None:
+    """The table of what makes q and k compact, and of two passes in its place, also for slices of rows."""
+    cases: list[Case] = []
+    for count in (rows, 11008, 5632):
+        given = normed_heads((1, count), 40, 128, torch.bfloat16, True, True, "cuda")
+        place, factor = torch.empty_like(given.x), given.factor[:, None].expand(40, 128).contiguous()
+        for name, one in (("q", given._replace(center=None)), ("k", given)):
+            center = torch.zeros_like(factor) if one.center is None else one.center
+            variants: dict[str, Run] = {"in two": partial(in_two_passes, one, place, factor, center)}
+            variants["in one"] = partial(rms_rope_quantize_triton, *one.arguments)
+            twin = partial(rms_rope_quantize_torch, *one.arguments)
+            cases.append((f"compact {name} {count}", 3 * place.numel(), variants, twin))
+    table_of(cases, rows, repeats)
+
+
+def in_two_passes(given: NormedHeads, place: Tensor, factor: Tensor, center: Tensor) -> Tensor:
+    """What `rms_rope_quantize` does, by way of 16 bits in `place`; factor and center (H, D)."""
+    n = rms_rope_triton(given.x, given.weight, given.eps, given.head_dim, given.table, place)
+    return to_eight_bits_triton(n.unflatten(-1, factor.shape), center, factor, True)
+
+
+def table_of(cases: list[Case], rows: int, repeats: int) -> None:
+    """Milliseconds of each variant beside the floor by its bytes and the twin."""
+    rate = copy_rate()
+    print(f"\nrows {rows}; a copy of 1 GiB moves {rate / 1e9:.2f} TB/s")
+    print(f"{'kernel':34} {'ms':>7} {'floor':>7} {'of floor':>8} {'TB/s':>6} {'twin ms':>8} {'ratio':>6}")
     for name, nbytes, kernels, twin in cases:
         times = medians({**kernels, "twin": twin}, repeats)
         twin_ms = times.pop("twin")
@@ -221,12 +250,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=32760)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--only", choices=("rows", "product"))
+    parser.add_argument("--only", choices=("rows", "compact", "product"))
     options = parser.parse_args()
     began = time.perf_counter()
     print(torch.cuda.get_device_name(CUDA), torch.__version__, "triton", launch.triton.__version__)
     if options.only in (None, "rows"):
         row_kernels(options.rows, options.repeats)
+    if options.only in (None, "compact") and launch.capability(CUDA) >= launch.LOWEST[E4M3]:
+        compact_kernels(options.rows, options.repeats)
     if options.only in (None, "product"):
         products(options.rows)
     print(f"\n{time.perf_counter() - began:.0f} s in all")

@@ -157,7 +157,7 @@ def of_demo(device: torch.device, names: list[str], videos: int, until: float) -
 
 def latents_of(demo: Demo, path: Path, scenes: list[Scene], sampler: str) -> Tensor:
     """Latents (B, 16, T, h, w) of a path."""
-    with following(path), quality.attending(demo, backends.named(path.attention, demo.device)):
+    with following(path), quality.attending(demo, quality.of_backend(path.attention, demo.device)):
         return quality.make_latents(demo, scenes, sampler, seed=1)
 
 
@@ -287,7 +287,7 @@ def of_full_width(
     given = (latents, torch.tensor([833.33], device=device), states)
     reference = lifelike(config, device)
     reference.token_slice = 4096
-    reference.use_attention(quality.one_by_one(backends.math), attend)
+    reference.use_attention(quality.OneByOne(backends.math), attend)
     torch.backends.cuda.matmul.allow_tf32 = False
     tokens = grid[0] * grid[1] * grid[2]
     print(
@@ -302,7 +302,7 @@ def of_full_width(
         for path in (path for path in paths(names) if path.form == form):
             if path.attention == "sdpa-math" or (not path.fused and path.attention != "sdpa"):
                 continue  # the formula is slow at this length; twins of kernels once for each format
-            model.use_attention(quality.one_by_one(backends.named(path.attention, device)), attend)
+            model.use_attention(quality.of_backend(path.attention, device), attend)
             with following(path):
                 ours = outputs(model, given, depths)
             off = [float((a - b).norm() / b.norm()) for a, b in zip(ours, expected, strict=True)]

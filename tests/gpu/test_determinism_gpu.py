@@ -2,7 +2,7 @@
 
     python -m pytest tests/gpu/test_determinism_gpu.py -m gpu -s
 
-And why everything is computed on the default stream: SageAttention on another one is silently wrong.
+And why everything is computed on the default stream: SageAttention 2 on another one is silently wrong.
 """
 
 import gc
@@ -157,7 +157,7 @@ def walk(model: Transformer, sampler: str) -> Tensor:
 
 def test_every_placement_and_every_attention_gives_the_same_bits_twice(checkpoint: Checkpoint) -> None:
     names = [name for name, proof in right().items() if proof.ok]
-    runs = {name: quality.one_by_one(backends.named(name, CUDA)) for name in names}
+    runs = {name: quality.of_backend(name, CUDA) for name in names}
     seen: dict[str, list[str]] = {name: [] for name in names}
     for placement in (None, None, *PLACEMENTS.values()):
         with placed(checkpoint, placement) as model:
@@ -180,7 +180,8 @@ def test_every_placement_and_every_attention_gives_the_same_bits_twice(checkpoin
 def test_sage_on_another_stream_is_silently_wrong(name: str) -> None:
     """Its kernels start on the default stream, whatever the current one is, and so before their inputs.
 
-    Should this fail, SageAttention waits now, and the default stream is no longer a must for it.
+    But for those in Triton, which launches on the current one. Should this fail for others, they do so now,
+    as in the images' build, and the default stream is no longer a must for them.
     """
     run = proven(name)
     generator = torch.Generator(CUDA).manual_seed(1)
@@ -198,7 +199,8 @@ def test_sage_on_another_stream_is_silently_wrong(name: str) -> None:
     torch.cuda.synchronize()
     off = float((out.double() - expected.double()).norm() / expected.double().norm())
     print(f"{name} on another stream: {off:.3f} from its own result, and no error")
-    assert not torch.equal(out, expected)
+    in_triton = name == "sage1" or (name == "sage2" and backends.capability_of(CUDA) == (8, 6))
+    assert torch.equal(out, expected) == in_triton
     late_default = [torch.zeros_like(x) for x in (q, k, v)]
     torch.cuda._sleep(200_000_000)
     for target, source in zip(late_default, (q, k, v), strict=True):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels import configs, launch, tune, w8a8
+from runtime.kernels.attention_quantize import to_eight_bits_triton
 from runtime.kernels.gated_add import gated_add, gated_add_torch
 from runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_torch
 from runtime.kernels.launch import E4M3
@@ -24,10 +25,21 @@ from runtime.kernels.norm_quantize import (
 )
 from runtime.kernels.norm_silu import norm_silu, norm_silu_torch
 from runtime.kernels.rms_rope import rms_rope, rms_rope_torch
+from runtime.kernels.rms_rope_quantize import rms_rope_quantize_torch, rms_rope_quantize_triton
 from runtime.kernels.row_quantize import row_quantize, row_quantize_torch
 from runtime.layers import backends
 from tests import kernel_cases
-from tests.kernel_cases import DTYPES, FORMATS, SCALINGS, compare, poison, roundings
+from tests.kernel_cases import (
+    DTYPES,
+    FORMATS,
+    NORMED_HEADS,
+    SCALINGS,
+    compare,
+    levels,
+    normed_heads,
+    poison,
+    roundings,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,6 +122,53 @@ def test_rms_rope(dtype: torch.dtype) -> None:
             worst = roundings(got, expected)
             print(f"rms_rope {batch}x{length}x{heads}x{head_dim} {dtype}: {worst:.2f} roundings")
             assert got is x and worst <= (1.0 if dtype != torch.float32 else 20.0)
+
+
+@pytest.mark.parametrize(("rope", "center"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_rms_rope_quantize(dtype: torch.dtype, rope: bool, center: bool) -> None:
+    """Against its twin, and against the two passes that it replaces; the same bytes twice.
+
+    Sums of a row in another order round some of its numbers to the next one of 16 bits, and the rotation
+    gives each such step to its whole head: two of them, and a step of e4m3, are allowed.
+    """
+    skip_without(E4M3)
+    for heads in NORMED_HEADS:
+        given = normed_heads((2, 1003 if heads == (40, 128) else 61), *heads, dtype, rope, center, "cuda")
+        got = rms_rope_quantize_triton(*given.arguments)
+        again = rms_rope_quantize_triton(*given.arguments)
+        assert torch.equal(got.view(torch.uint8), again.view(torch.uint8))
+        n = rms_rope(given.x.clone(), given.weight, given.eps, heads[1], given.table).unflatten(-1, heads)
+        middle = torch.zeros(heads, device=CUDA) if given.center is None else given.center
+        factor = given.factor[:, None].expand(heads).contiguous()
+        in_two = to_eight_bits_triton(n, middle, factor, True).reshape(got.shape)
+        rounding = 2 * torch.finfo(dtype).eps * n.float().abs().amax(-1, keepdim=True)  # (2, L, H, 1)
+        mine = got.float().unflatten(-1, heads)
+        for name, twin in (("its twin", rms_rope_quantize_torch(*given.arguments)), ("two passes", in_two)):
+            other = twin.float().unflatten(-1, heads)
+            allowed = rounding * factor[:, :1] + torch.maximum(mine.abs(), other.abs()) / 8 + 2**-9
+            off = (mine - other).abs()
+            share, worst = float((off > 0).float().mean()), float((off / allowed).max())
+            print(f"{heads} {dtype} and {name}: {share:.1e} differ, by {worst:.2f} of what may be")
+            assert worst <= 1 and share <= 0.02
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_number_before_attention_is_nan_in_its_head(bad: float) -> None:
+    skip_without(E4M3)
+    for place in (0, 3000, 5119):
+        given = normed_heads((1, 33), 40, 128, torch.bfloat16, True, True, "cuda")
+        good = rms_rope_quantize_triton(*given.arguments)
+        given.factor[7] = 3e38  # beyond the largest number of fp32 after the product
+        given.x[0, 20, place] = bad
+        got, expected = rms_rope_quantize_triton(*given.arguments), rms_rope_quantize_torch(*given.arguments)
+        nan, heads = got.float().isnan(), got.unflatten(-1, (40, 128))
+        assert heads[0, 20, place // 128].float().isnan().all() and torch.equal(nan, expected.float().isnan())
+        rest = [row for row in range(33) if row != 20]
+        same = (levels(heads) == levels(good.unflatten(-1, (40, 128))))[:, rest]
+        assert (
+            nan.unflatten(-1, (40, 128))[:, rest, 7].any() and same[:, :, :7].all() and same[:, :, 8:].all()
+        )
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

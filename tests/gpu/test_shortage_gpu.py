@@ -4,7 +4,7 @@
     T2V_FULL_SIZE=DIRECTORY python -m pytest tests/gpu/test_shortage_gpu.py -m gpu -s
 
 Something else takes memory below the cap after the plan was made: torch fails, the plan steps down, and the
-video is that of a run without.
+video is that of a run without, bit for bit: blocks leave the GPU before anything that changes the picture.
 """
 
 import os
@@ -77,6 +77,8 @@ def test_a_shortage_in_any_phase_gives_the_same_video() -> None:
         print("\n".join(notes))
         assert any(f"in the {phase} phase" in note for note in notes)
         # In the decode 2.5 of 7.5 GiB are left: too little for the whole picture, enough a rung or two below.
-        assert 1 <= len(stage.video.metadata["stepped_down"]) <= (2 if phase == "decode" else 9)
-        # Shorter slices round otherwise, and attention in 16 bits instead of 8 still more.
-        assert difference.mean() < 4
+        # In the denoise half of the resident blocks are more than what was taken.
+        steps = stage.video.metadata["stepped_down"]
+        assert 1 <= len(steps) <= 2
+        assert not any(word in step for step in steps for word in ("slices", "attention"))
+        assert difference.max() <= (1 if phase == "decode" else 0)  # other tiles may round otherwise

@@ -318,6 +318,69 @@ def test_the_speed_of_copies(checkpoint: Checkpoint) -> None:
     assert copied / took > 5e9
 
 
+def test_pinned_blocks_give_the_same_bits_and_never_hold_up_the_host(
+    checkpoint: Checkpoint, expected: dict[Any, Tensor]
+) -> None:
+    """Copies straight from the cache: planned bytes are pinned, nothing waits, all is unpinned in the end."""
+    work = Work(SHORT)
+    with streamed(checkpoint, PLACEMENTS["cached"]) as stream:
+        stream.expect(1)
+        assert torch.equal(work(stream), expected[SHORT])
+        began = time.perf_counter()
+        stream.pin_cached(wait=True)
+        took, block = time.perf_counter() - began, stream._stored[0].nbytes
+        print(f"\n{checkpoint.quantization}: {stream.pinned_bytes / 1e9:.2f} GB pinned in {took:.2f} s")
+        assert stream.pinned_bytes == stream.cache_bytes == LAYERS * block, stream.pin_refusal
+        parts = {i: stream._reader.in_place(i, stream._feeder._pieces[i][-1]) or () for i in (0, 1)}
+        assert all(part.is_pinned() for several in parts.values() for part in several)
+        stream.expect(PASSES)
+        before = stream.counts
+        with no_waiting():
+            results = [work(stream, delay) for delay in (0, 30_000_000) * (PASSES // 2)]
+        after = stream.counts
+        assert all(torch.equal(y, expected[SHORT]) for y in results)
+        assert after.reads == before.reads
+        assert after.copied_bytes - before.copied_bytes == PASSES * LAYERS * stream._stored[0].stored_bytes
+        stream.expect(2)
+        work(stream)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work(stream, delay=200_000_000)  # a tenth of a second a block
+        host = time.perf_counter() - began
+        torch.cuda.synchronize()
+        whole = time.perf_counter() - began
+        print(f"the host enqueued a pass in {host:.3f} s that took the GPU {whole:.3f} s")
+        assert whole > 0.3 and host < whole / 4  # a copy that the driver stages would wait for its slot
+        stream.expect(2)
+        work(stream, delay=30_000_000)
+        stream.resize((), (1, 2), 2)  # with work under way
+        assert not any(part.is_pinned() for part in parts[0]) and all(part.is_pinned() for part in parts[1])
+        assert stream.pinned_bytes == stream.cache_bytes == 2 * block
+        assert torch.equal(work(stream), expected[SHORT])
+    assert not any(part.is_pinned() for several in parts.values() for part in several)
+
+
+def test_the_speed_of_copies_from_pinned_blocks(checkpoint: Checkpoint) -> None:
+    """Bytes a second to the card with next to no computation, beside one plain copy: printed."""
+    work = Work(SHORT)
+    with streamed(checkpoint, PLACEMENTS["cached"]) as stream:
+        stream.expect(1)
+        work(stream)
+        stream.pin_cached(wait=True)
+        stream.expect(7)
+        work(stream)
+        before = stream.counts.copied_bytes
+        took = seconds(lambda: [work(stream) for _ in range(6)])
+        copied = stream.counts.copied_bytes - before
+    source = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=CUDA)
+    bus = source.nbytes / min(seconds(lambda: target.copy_(source, non_blocking=True)) for _ in range(5))
+    print(
+        f"\n{checkpoint.quantization}: {copied / took / 1e9:.1f} GB/s in all, the bus gives {bus / 1e9:.1f}"
+    )
+    assert copied / took > bus / 1.5
+
+
 def test_a_pass_that_is_left_and_a_change_of_placement_with_work_under_way(
     checkpoint: Checkpoint, expected: dict[Any, Tensor]
 ) -> None:

@@ -272,6 +272,39 @@ class FakeLane:
         self.compute.end()
 
 
+class Driver:
+    """libcuda, that pins `limit` bytes and no more; each call takes `seconds`, `calls` counts them."""
+
+    def __init__(self, limit: int = 2**40, seconds: float = 0.0) -> None:
+        self.limit, self.seconds = limit, seconds
+        self.calls = self.given_back = 0
+        self.pinned: dict[int, int] = {}  # address -> bytes
+        self.lock = threading.Lock()
+
+    def cuMemHostRegister_v2(self, address: Any, nbytes: Any, flags: int) -> int:
+        assert address.value % PAGE == 0 and nbytes.value % PAGE == 0 and nbytes.value > 0 and flags == 1
+        time.sleep(self.seconds)
+        with self.lock:
+            self.calls += 1
+            if sum(self.pinned.values()) + nbytes.value > self.limit:
+                return 2  # CUDA_ERROR_OUT_OF_MEMORY
+            for begin, size in self.pinned.items():  # the real one refuses what overlaps
+                assert address.value + nbytes.value <= begin or begin + size <= address.value
+            self.pinned[address.value] = nbytes.value
+            return 0
+
+    def cuMemHostUnregister(self, address: Any) -> int:
+        with self.lock:
+            del self.pinned[address.value]
+            self.given_back += 1
+            return 0
+
+    def holds(self, address: int, nbytes: int) -> bool:
+        """Whether these bytes are pinned, by one call."""
+        with self.lock:
+            return any(begin <= address and address + nbytes <= begin + n for begin, n in self.pinned.items())
+
+
 def cached_pages(file: Path) -> int:
     """Pages of `file` in the page cache."""
     size = file.stat().st_size

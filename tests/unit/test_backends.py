@@ -17,6 +17,7 @@ from runtime.kernels.attention_quantize import quantize
 from runtime.kernels.launch import E4M3
 from runtime.kernels.tune import Timing
 from runtime.layers import backends, sage
+from runtime.layers.attention import attend
 from runtime.layers.backends import BACKENDS, Backend, Choice, Proof
 
 CPU = torch.device("cpu")
@@ -237,28 +238,33 @@ def fake_sage(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[tuple[str, d
 SAGE2 = tuple(
     f"sageattn_qk_int8_pv_{kind}" for kind in ("fp16_triton", "fp16_cuda", "fp8_cuda", "fp8_cuda_sm90")
 )
-FAST, PRECISE = {"pv_accum_dtype": "fp32+fp16"}, {"pv_accum_dtype": "fp32+fp32"}
-PER_WARP = {"qk_quant_gran": "per_warp"}
+BY_WARP = {"qk_quant_gran": "per_warp"}
+FAST, PRECISE, SUMS = ({"pv_accum_dtype": sums} | BY_WARP for sums in ("fp32+fp16", "fp32+fp32", "fp32"))
 
 
 @pytest.mark.parametrize(
     ("name", "arch", "cuda", "kind", "options"),
     [
-        ("sage2", (8, 0), "12.8", "fp16_cuda", {"pv_accum_dtype": "fp32"}),
+        ("sage2", (8, 0), "12.8", "fp16_cuda", SUMS),
         ("sage2", (8, 6), "12.8", "fp16_triton", {}),
         ("sage2", (8, 9), "12.8", "fp8_cuda", FAST),
         ("sage2", (8, 9), "13.0", "fp8_cuda", FAST),
         ("sage2", (8, 9), "12.4", "fp8_cuda", PRECISE),
         ("sage2-fp32", (8, 9), "12.8", "fp8_cuda", PRECISE),
         ("sage2-fp32", (8, 9), "12.4", None, {}),
-        ("sage2", (9, 0), "12.4", "fp8_cuda_sm90", PRECISE),
+        ("sage2", (9, 0), "12.8", None, {}),
+        ("sage2-sm90", (9, 0), "12.4", "fp8_cuda_sm90", PRECISE),
+        ("sage2-sm90", (12, 0), "12.8", None, {}),
         ("sage2-fp32", (9, 0), "12.8", None, {}),
-        ("sage2", (12, 0), "12.8", "fp8_cuda", FAST | PER_WARP),
-        ("sage2-fp32", (12, 0), "12.8", "fp8_cuda", PRECISE | PER_WARP),
+        ("sage2", (12, 0), "12.8", "fp8_cuda", FAST),
+        ("sage2-fp32", (12, 0), "12.8", "fp8_cuda", PRECISE),
         ("sage2", (10, 0), "12.8", None, {}),
         ("sage2", (7, 5), "12.8", None, {}),
-        ("sage2-fp16", (8, 9), "12.8", "fp16_cuda", {"pv_accum_dtype": "fp32"}),
-        ("sage2-fp16", (8, 6), "12.8", None, {}),
+        ("sage2-fp16", (8, 9), "12.8", "fp16_cuda", SUMS),
+        ("sage2-fp16", (8, 6), "12.8", "fp16_cuda", SUMS),
+        ("sage2-fp16", (8, 0), "12.8", None, {}),
+        ("sage2-fp16", (9, 0), "12.8", "fp16_cuda", SUMS),
+        ("sage2-fp16", (12, 0), "12.8", "fp16_cuda", SUMS),
         ("sage1", (8, 9), "12.8", None, {}),
     ],
 )
@@ -279,20 +285,61 @@ def test_sageattention_2_by_card_and_cuda(
         assert run is None
         return
     assert run is not None
-    q = torch.ones(1, 2, 3, 64)
+    q = torch.randn(1, 64, 3, 64)
     run(q, q, q, 0.125)
     common = {"tensor_layout": "NHD", "is_causal": False, "sm_scale": 0.125}
     assert calls == [(f"sageattn_qk_int8_pv_{kind}", common | options)]
+    for few in ((q[:, :63], q, q), (q, q[:, :1], q[:, :1])):
+        assert torch.equal(run(*few, 0.125), attend(*few, 0.125)) and len(calls) == 1
+
+
+def sageattn_1(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensor_layout: str = "HND",
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    smooth_k: bool = True,
+) -> Tensor:
+    """Release 1.0.6 but for its eight bits: it changes k, and full tiles of 64 keys are all that it knows."""
+    assert tensor_layout == "NHD" and not is_causal and sm_scale is not None
+    if smooth_k:
+        k -= k.mean(1, keepdim=True)
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, -k.shape[1] % 64)) for x in (k, v))
+    return backends.math(q, k, v, sm_scale)
 
 
 def test_sageattention_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fake_sage(monkeypatch, "sageattn")
+    """Right at every length, though the release's own function is not, and nobody's keys change."""
+    fake_sage(monkeypatch)
+    monkeypatch.setattr(sys.modules["sageattention"], "sageattn", sageattn_1, raising=False)
     monkeypatch.setattr(backends, "capability_of", lambda _: (8, 6))
     run = backends.available("sage1", CPU)
     assert run is not None and backends.available("sage2", CPU) is None
-    q = torch.ones(1, 2, 3, 64)
-    run(q, q, q, 0.5)
-    assert calls == [("sageattn", {"tensor_layout": "NHD", "is_causal": False, "sm_scale": 0.5})]
+    for keys, bound in ((9, 1e-5), (64, 1e-5), (100, 1e-5), (16384 + 1, 4e-3)):
+        q, k, v = (x.nan_to_num() for x in backends.inputs(5, keys, 2, 16, torch.float32, CPU))
+        kept, exact = k.clone(), backends.math(q, k, v, 0.25)
+        off = backends._distance(run(q, k, v, 0.25), exact)
+        alone = backends._distance(sageattn_1(q, kept.clone(), v, "NHD", sm_scale=0.25), exact)
+        print(f"{keys} keys: {off:.1e} from the formula, {alone:.1e} without its mending")
+        assert off < bound and torch.equal(k, kept)
+        assert alone > 0.05 or keys % 64 == 0 or keys > 16384
+    assert backends.prove("sage1", CPU).ok
+
+
+def test_sageattention_1_runs_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full tiles or many keys: its own function, without its own smoothing."""
+    calls = fake_sage(monkeypatch, "sageattn")
+    monkeypatch.setattr(backends, "capability_of", lambda _: (8, 6))
+    run = backends.available("sage1", CPU)
+    assert run is not None
+    options = {"tensor_layout": "NHD", "is_causal": False, "sm_scale": 0.5, "smooth_k": False}
+    for keys, asked in ((64, True), (65, False), (16383, False), (16384, True), (32760, True)):
+        q, k = torch.randn(1, 2, 1, 64), torch.randn(1, keys, 1, 64)
+        calls.clear()
+        run(q, k, k, 0.5)
+        assert calls == ([("sageattn", options)] if asked else []), keys
 
 
 def test_flash_attention_with_and_without_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from demo import eight_bits
 from entrypoint.bench_page import Gauged, Report, goal_of, value_of
 from entrypoint.bench_runs import summed
 from runtime.bench import alone, clock, forward, text
@@ -216,9 +217,24 @@ def test_what_a_forward_asks_for_is_recorded_and_made_again(
         assert isinstance(y, torch.Tensor) and y.shape == (product.rows, product.columns)
         assert 0.5 < float(y.std()) < 2  # neither zeros nor overflow
     for mix in (*work.of_tokens, *work.on_text):
-        out = alone.mix(mix, lambda q, k, v: q + v.mean() + k.mean(), torch.float32, CPU)()
+        out = alone.mix(mix, "sdpa", torch.float32, CPU)()
         assert isinstance(out, torch.Tensor) and out.shape == (1, mix.tokens, mix.heads, mix.width)
-        assert float(out.std()) > 0.1
+        assert 0.04 < float(out.std()) < 1
+
+
+def test_compact_attention_is_made_again_in_its_own_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = replace(BACKENDS["sdpa"], compact=eight_bits.hopper_compact)
+    monkeypatch.setitem(BACKENDS, "sdpa", taken)
+    one = Mix(130, 130, 2, 128)
+    run = alone.mix(one, "sdpa", torch.bfloat16, CPU)
+    out = run()
+    assert isinstance(out, torch.Tensor) and torch.equal(out, run())  # its inputs stay as they are
+    monkeypatch.undo()
+    plain = alone.mix(one, "sdpa", torch.bfloat16, CPU)()
+    assert isinstance(plain, torch.Tensor)
+    off = float((out - plain).float().norm() / plain.float().norm())
+    print(f"compact attention of random rows: {off:.4f} from torch's")
+    assert 0.001 < off < 0.06
 
 
 @pytest.mark.parametrize("guarded", [True, False])
@@ -529,15 +545,24 @@ def test_streamed_text_is_compared_with_its_bytes_over_the_bus(monkeypatch: pyte
     monkeypatch.setattr(text, "give_back", lambda device: None)
     found = {"in use": Sample((0.02,)), "reference": Sample((0.03,))}
     monkeypatch.setattr(text, "interleaved", lambda runs, *rest: {name: found[name] for name in runs})
-    monkeypatch.setattr(text, "_streamed", lambda *given: (Sample((0.11, 0.12, 0.1)), 5_500_000_000))
+    streamed = text.Streamed(5_500_000_000, Sample((0.2,)), Sample((0.11, 0.12, 0.1)), 5_500_000_000, "")
+    monkeypatch.setattr(text, "_streamed", lambda *given: streamed)
     monkeypatch.setattr(text, "_bus", lambda scene: Sample((55e9,)))
     rows = {row.what: row for row in text.measure(scene, Size(480, 832, 81))}
     assert rows["resident"].ratio == pytest.approx(1.5)
     assert judge(rows["resident"], "NVIDIA H200") == Verdict(0.03, True)
-    assert rows["streamed from RAM"].reference == Sample((0.1,))
+    pinned, ordinary = rows["streamed from pinned RAM"], rows["streamed from RAM"]
+    assert pinned.reference == ordinary.reference == Sample((0.1,))
+    assert pinned.ratio == pytest.approx(1 / 1.1) and ordinary.ratio == pytest.approx(0.5)
+    assert "5,500.0 MB pinned;" in pinned.note and "pinned" not in ordinary.note
     over = rows["streamed over bytes"]
     assert over.found is not None and over.found.median == pytest.approx(1.1)
-    assert judge(over, "NVIDIA H200") == Verdict(1.2, True)
+    assert judge(over, "NVIDIA H200") == Verdict(1.2, True) and over.ratio is None
+    assert not any(row.target for row in rows.values() if row.what not in ("resident", over.what))
+    none = text.Streamed(1, Sample((0.2,)), Sample((0.2,)), 0, "under WSL little can be pinned")
+    assert none.note == "nothing could be pinned: under WSL little can be pinned"
+    some = text.Streamed(2, Sample((0.2,)), Sample((0.2,)), 1_000_000, "the driver pins no more (error 2)")
+    assert some.note == "1.0 MB pinned, as the driver pins no more (error 2)"
 
 
 # --- runs ---

@@ -1,6 +1,7 @@
 """Every kernel compiles to machine code for every architecture that it is meant for, with no card at hand."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from runtime.kernels import (
     norm_silu,
     residual_add,
     rms_rope,
+    rms_rope_quantize,
     row_quantize,
     w8a8,
 )
@@ -25,6 +27,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from tests.unit.test_hopper_compiles import assemble, spilled  # noqa: E402
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # 3.2, of torch 2.6, belongs to CUDA 12.4, which knows no sm_120
@@ -202,6 +206,36 @@ def test_compiles(name: str, arch: int) -> None:
         print(f"{name} {form} sm_{arch}: {shared} bytes of shared memory, loads {loads}")
         assert loads, "no load of 16 bytes: the rows are read in small pieces"
         assert shared <= SHARED[arch] * 1024
+
+
+NORM_TO_EIGHT_BITS = {
+    "x": "*bf16",
+    "out": "*fp8e4nv",
+    **dict.fromkeys(("weight", "cos", "sin", "center", "factor"), "*fp32"),
+    "tokens": "i32",
+    "eps": "fp32",
+}
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch >= 89])
+def test_norm_rotation_and_eight_bits_stay_in_registers(arch: int, tmp_path: Path) -> None:
+    """Between a row's load and its store nothing goes through shared memory, to other threads, or spills."""
+    cases = ((40, 128, False), (40, 128, True), (9, 32, True), (17, 16, False), (1, 128, True))
+    for heads, wide, center in cases:
+        constants = {"WIDTH": heads * wide, "HEAD": wide, "HEADS": max(8, 256 // wide)}
+        constants |= {"ROPE": True, "CENTER": center}
+        kernel = rms_rope_quantize._rms_rope_quantize_kernel
+        options = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
+        ptx, shared = build(kernel, NORM_TO_EIGHT_BITS, constants, arch, **options)
+        exchanges = len(re.findall(r"shfl\.sync|ldmatrix|stmatrix|(?:ld|st)\.shared", ptx))
+        print(f"{heads}x{wide} center {center} sm_{arch}: {shared} bytes shared, {exchanges} exchanges")
+        assert "mma.sync.aligned.m16n8k16" in ptx and shared <= 16 * 1024
+        if arch == 90:
+            assert spilled(assemble(ptx, tmp_path)) == 0
+        if wide == 128:
+            assert len(re.findall(r"ld\.global[\w.:]*v4\.b32", ptx)) >= 4 and "st.global.v4.b32" in ptx
+            if VERSION >= (3, 6):  # once for the sum of the row, the signs and the table, never for the heads
+                assert exchanges <= 32, ptx
 
 
 def build_product(config: Config, arch: int, form: str) -> tuple[str, int]:

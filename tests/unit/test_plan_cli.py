@@ -198,5 +198,20 @@ def test_every_mark_is_explained_and_predictions_are_called_so() -> None:
     assert "disk 3.2 GB/s, measured (made up)" in measured
 
 
+def test_where_the_text_encoder_is_between_prompts() -> None:
+    for arguments, words in (
+        (("--profile", "rtx4070"), "its encoder is read from disk for each prompt"),
+        (("--profile", "h200"), "its encoder stays on the GPU"),
+        (
+            ("--profile", "h200", "--vram", "16"),
+            "its encoder stays in RAM once a prompt was read, up to 4.3 GiB of it pinned",
+        ),
+    ):
+        assert words in run("--ram", "64", *arguments).stdout
+    found = report("--ram", "64", "--profile", "h200", "--vram", "16")
+    assert found["placement"]["text"] == "cached"
+    assert found["predicted"]["pinned"] == 24 * 192937984 + 11 * 32 * 2**20
+
+
 def test_a_pipe_gets_a_fixed_width() -> None:
     assert max(map(len, run("--profile", "h200", "--ram", "64").stdout.splitlines())) <= PIPE_WIDTH

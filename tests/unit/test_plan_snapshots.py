@@ -37,7 +37,8 @@ def summary(plan: Plan) -> str:
     """One line: placement, choices, highest memory, time."""
     blocks = plan.blocks
     stored = plan.inputs.sizes.blocks.count - len(blocks.resident) - len(blocks.cached)
-    kept = (("T", plan.text == "resident"), ("V", plan.vae_stays), ("K", plan.text_kv))
+    text = {"resident": "T", "cached": "C"}.get(plan.text, "")
+    kept = ((text, text != ""), ("V", plan.vae_stays), ("K", plan.text_kv))
     stays = "".join(mark for mark, there in kept if there)
     leaves = "release" if plan.release_for_decode else "keep"
     return (

@@ -129,7 +129,7 @@ def plain() -> Demo:
 @pytest.fixture(scope="module")
 def expected(plain: Demo) -> Tensor:
     """Latents of two scenes by the reference path."""
-    with quality.attending(plain, backends.math):
+    with quality.attending(plain, quality.OneByOne(backends.math)):
         return quality.make_latents(plain, quality.asked(2), "euler", seed=3)
 
 
@@ -139,7 +139,7 @@ def test_eight_bit_attention_leaves_the_videos_right(
 ) -> None:
     """`make demo-score ATTENTION=...` does it for many."""
     demo, scenes = plain if form == "bf16" else quality.load(form), quality.asked(2)
-    with quality.attending(demo, TWINS[name]):
+    with quality.attending(demo, quality.of_backend(name, demo.device)):
         latents = quality.make_latents(demo, scenes, "euler", seed=3)
     found, bound = quality.distances(latents, expected), latents_bound(form, 8)
     print(f"{form} {name}: latents off by {[round(one, 4) for one in found.tolist()]}, {bound}")
@@ -158,7 +158,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_exceeds_the_bound(fault: str, plain: Demo, expected: Tensor) -> None:
-    with quality.attending(plain, FAULTS[fault]):
+    with quality.attending(plain, quality.OneByOne(FAULTS[fault])):
         latents = quality.make_latents(plain, quality.asked(2), "euler", seed=3)
     found = quality.distances(latents, expected)
     print(f"{fault}: {found.tolist()}")

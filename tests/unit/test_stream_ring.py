@@ -11,28 +11,9 @@ import pytest
 from runtime.memory import ring as ring_module
 from runtime.memory.ring import Ring
 from runtime.memory.source import PAGE, SLACK
+from tests.unit.stream_fixtures import Driver
 
 CHUNK = 4 * PAGE
-
-
-class Driver:
-    """libcuda, that pins `limit` bytes and no more."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.pinned: dict[int, int] = {}
-
-    def cuMemHostRegister_v2(self, address: Any, nbytes: Any, flags: int) -> int:
-        assert address.value % PAGE == 0 and flags == 1
-        if sum(self.pinned.values()) + nbytes.value > self.limit:
-            return 2  # CUDA_ERROR_OUT_OF_MEMORY
-        assert address.value not in self.pinned
-        self.pinned[address.value] = nbytes.value
-        return 0
-
-    def cuMemHostUnregister(self, address: Any) -> int:
-        del self.pinned[address.value]
-        return 0
 
 
 class Pending:
