@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.layers.attention import attention
-from runtime.layers.norm import RMSNorm
+from runtime.layers.norm import RMSNorm, shared
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Attention(nn.Module):
         self.o = nn.Linear(dim_attn, dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
+        linears = self.q, self.k, self.v
+        rows = shared(x, *linears)
+        q, k, v = (linear(rows).unflatten(-1, (self.num_heads, -1)) for linear in linears)
         return self.o(attention(q, k, v, scale=1.0, bias=bias))  # (B, L, D)
 
 
@@ -64,7 +66,8 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(dim_ffn, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x) * self.gate(x))
+        rows = shared(x, self.fc1, self.gate[0])
+        return self.fc2(self.fc1(rows) * self.gate(rows))
 
 
 class RelativeBias(nn.Module):

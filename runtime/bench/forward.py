@@ -134,7 +134,7 @@ def _alone(forward: _Forward, work: Work, whole: Sample) -> Rows:
     rest = whole.map(lambda seconds: seconds - total)
     row = scene.row("forward", "alone: everything else", forward.size)
     note = f"the forward less the three above; {work.words()}"
-    yield replace(row, unit="s", found=rest, target="forward other", note=note)
+    yield replace(row, unit="s", found=rest, note=note)
 
 
 def _timed(scene: Scene, counts: Mapping[Product | Mix, int], make: Callable[[Any], Run]) -> Sample:

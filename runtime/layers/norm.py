@@ -13,8 +13,19 @@ from runtime.kernels import gated_add as gated_add_kernel
 from runtime.kernels.launch import fused
 from runtime.kernels.norm_quantize import Affine, Modulation, Residual, Scaling, norm, norm_quantize
 from runtime.kernels.prepared import Prepared
+from runtime.kernels.row_quantize import row_quantize
 
-__all__ = ["Affine", "Modulation", "RMSNorm", "add_norm", "by_kernel", "gated_add", "norm_of", "taken_by"]
+__all__ = [
+    "Affine",
+    "Modulation",
+    "RMSNorm",
+    "add_norm",
+    "by_kernel",
+    "gated_add",
+    "norm_of",
+    "shared",
+    "taken_by",
+]
 
 Rows = Tensor | Prepared
 
@@ -28,6 +39,13 @@ def taken_by(reader: nn.Module | None, x: Tensor) -> torch.dtype | None:
     """The 8-bit dtype in which `reader` multiplies rows like x as they are; None where it wants x itself."""
     takes = getattr(reader, "takes", None)
     return None if takes is None else takes(x)
+
+
+def shared(x: Tensor, *readers: nn.Module) -> Rows:
+    """x (..., D) as all of `readers` multiply it, made so once; x itself where they do not agree."""
+    dtypes = {taken_by(reader, x) for reader in readers}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    return x if dtype is None else Prepared(*row_quantize(x, dtype), x.dtype)
 
 
 def norm_of(x: Tensor, scaling: Scaling, eps: float, reader: nn.Module | None = None) -> Rows:

@@ -6,7 +6,6 @@ umT5's table has 256,384 rows of 4,096 numbers, 2.1 GB in bf16; a prompt needs a
 import mmap
 import threading
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,13 +72,8 @@ class StoredEmbedding(nn.Module):
         """The rows (n,), as stored: (n, D)."""
         if self._info.offset is None:  # a .pth that stores the table in another order: through its mapping
             return self._checkpoint.read(self._name)[rows]
-        stored = np.empty((len(rows), self._row_bytes), dtype=np.uint8)
+        stored = torch.empty(len(rows) * self._row_bytes, dtype=torch.uint8)
+        offsets = [self._info.offset + row * self._row_bytes for row in rows.tolist()]
         with self._lock:  # one space for all
-            for place, row in zip(stored, rows.tolist(), strict=True):
-                offset = self._info.offset + row * self._row_bytes
-                data = self._files.read(
-                    self._info.file, offset, self._row_bytes, self._space, self._info.name
-                )
-                place[:] = np.frombuffer(data, dtype=np.uint8)
-        numbers = torch.from_numpy(stored.reshape(-1)).view(self._info.dtype)
-        return numbers.reshape(len(rows), self.embedding_dim)
+            self._files.read_rows(self._info.file, offsets, stored.numpy().data, self._space, self._info.name)
+        return stored.view(self._info.dtype).reshape(len(rows), self.embedding_dim)

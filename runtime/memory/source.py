@@ -15,7 +15,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,11 +172,44 @@ class WeightFiles:
         except OSError as error:
             raise _unreadable(file, what, error) from error
         if status != opened.status:
-            raise WeightsError(
-                f"{file} changed while tensor {what} was read from it; leave the weights alone until the "
-                "video is done, verify them, and run again"
-            )
+            raise _changed(file, what)
         return space[begin : begin + nbytes]
+
+    def read_rows(
+        self, file: Path, offsets: Sequence[int], into: memoryview, space: memoryview, what: str
+    ) -> None:
+        """Short reads of equal length, from each of `offsets` on, one behind the other in `into` (bytes).
+
+        What the page cache holds whole comes with one call of the system each; the rest as by `read`, through
+        `space`, which is SLACK longer. Raises as `read`.
+        """
+        opened, nbytes = self._opened(file, what), len(into) // max(len(offsets), 1)
+        parts = [into[place * nbytes : (place + 1) * nbytes] for place in range(len(offsets))]
+        missing: list[int] = []
+        try:
+            for place, offset in enumerate(offsets):
+                if not opened.cached_reads or self._cached_row(opened, parts[place], offset) < nbytes:
+                    missing.append(place)
+            if self._system.status(opened.fd) != opened.status:
+                raise _changed(file, what)
+        except OSError as error:
+            raise _unreadable(file, what, error) from error
+        with self._lock:
+            self._cached_bytes += (len(parts) - len(missing)) * nbytes
+        for place in missing:
+            parts[place][:] = self.read(file, offsets[place], nbytes, space, what)
+
+    def _cached_row(self, opened: _Opened, part: memoryview, offset: int) -> int:
+        """How much of a row the page cache gave at once."""
+        try:
+            return self._system.read_cached(opened.fd, part, offset)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            opened.cached_reads = False
+            return 0
 
     def close(self) -> None:
         """Close all files; idempotent. No read may be under way."""
@@ -289,6 +322,13 @@ class WeightFiles:
 
 def _address(space: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(space))
+
+
+def _changed(file: Path, what: str) -> WeightsError:
+    return WeightsError(
+        f"{file} changed while tensor {what} was read from it; leave the weights alone until the "
+        "video is done, verify them, and run again"
+    )
 
 
 def _unreadable(file: Path, what: str, error: OSError) -> WeightsError:

@@ -145,6 +145,49 @@ def test_a_file_that_is_open_may_be_removed_or_replaced(weights: tuple[Path, byt
     files.close()
 
 
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=SYSTEMS.keys())
+def test_rows_are_those_of_the_file(weights: tuple[Path, bytes], system: type[System]) -> None:
+    file, content = weights
+    drop_cache(file)
+    files = WeightFiles(system())
+    offsets = [7, 3 * PAGE - 5, 20 * PAGE, SIZE - 1000]
+    into = bytearray(4 * 1000)
+    for _ in range(2):
+        files.read_rows(file, offsets, memoryview(into), space_for(1000), "table")
+        assert bytes(into) == b"".join(content[offset : offset + 1000] for offset in offsets)
+    counts = files.counts
+    assert counts.cached_bytes + counts.disk_bytes >= 2 * 4000
+    files.read_rows(file, [], memoryview(b""), space_for(1000), "table")
+    with pytest.raises(WeightsError, match="ends inside tensor table: it was cut"):
+        files.read_rows(file, [0, SIZE - 10], memoryview(bytearray(2000)), space_for(1000), "table")
+    files.close()
+
+
+def test_rows_that_the_page_cache_holds_take_one_call_each(
+    weights: tuple[Path, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, content = weights
+    file.read_bytes()
+    system, calls = Faults(cached=True), list[int]()
+    whole = system.read_cached
+
+    def counted(fd: int, target: memoryview, offset: int) -> int:
+        calls.append(offset)
+        return whole(fd, target, offset)
+
+    monkeypatch.setattr(system, "read_cached", counted)
+    monkeypatch.setattr(system, "read", lambda *_: pytest.fail("read from the disk"))
+    files, into = WeightFiles(system), bytearray(3 * 5000)
+    files.read_rows(file, [100, 9000, 3 * PAGE], memoryview(into), space_for(5000), "table")
+    assert calls == [100, 9000, 3 * PAGE] and files.counts.cached_bytes == 15000
+    assert bytes(into[5000:10000]) == content[9000:14000]
+    with file.open("rb+") as opened:
+        opened.write(content[:1])  # the same byte, at another time
+    with pytest.raises(WeightsError, match="changed while tensor table was read"):
+        files.read_rows(file, [100], memoryview(into)[:5000], space_for(5000), "table")
+    files.close()
+
+
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_file_that_is_cut_or_written_over_is_an_error(
     weights: tuple[Path, bytes], tmp_path: Path, direct: bool
