@@ -70,8 +70,7 @@ class Encoding:
 
         def run() -> Tensor:
             with self._ways.computing(), self._parts.text_encoder() as encoder:
-                states = encoder(batch, torch.ones_like(batch, dtype=torch.bool))  # (1, n, text_dim)
-                return states[0].cpu()
+                return encoder(batch)[0].cpu()  # (n, text_dim)
 
         while True:
             states = self._fitting.within("text", run)

@@ -203,10 +203,11 @@ def stream_text_encoder(
     ring: Ring,
     on_bytes: OnBytes | None = None,
     kept_rows: int = 0,
+    rows_in_ram: bool = False,
 ) -> tuple[TextEncoder, BlockStream]:
     """The umT5 encoder whose blocks are placed, and whose table of tokens stays in its file.
 
-    kept_rows: rows of that table which stay with it once a prompt has needed them.
+    kept_rows: rows of that table which stay once a prompt has needed them, on the device or `rows_in_ram`.
     """
     sizes = _agreed_sizes(checkpoint, manifest.text_encoder)
     with on_meta():
@@ -216,7 +217,7 @@ def stream_text_encoder(
         model, checkpoint, placement=placement, ring=ring, dtype=dtype, device=device, on_bytes=on_bytes
     )
     if isinstance(model.token_embedding, StoredEmbedding):
-        model.token_embedding.keep(kept_rows)
+        model.token_embedding.keep(kept_rows, torch.device("cpu") if rows_in_ram else None)
     return model, stream
 
 

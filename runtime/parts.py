@@ -234,8 +234,7 @@ class PlannedParts(Parts):
         encoder, stream = self._encoder
         try:
             encoder.to(self.device)
-            stream.expect(1)
-            stream.start()
+            stream.expect(0)  # until the blocks begin: readers would slow down who fetches the tokens' rows
             yield encoder
         finally:
             stream.park()
@@ -251,7 +250,8 @@ class PlannedParts(Parts):
         cached = every if plan.text == "cached" else ()
         placement = Blocks(every, (), 0) if stays else Blocks((), cached, plan.text_slots)
         where = (file, self._manifest, self.device, self._dtype, placement, self.ring, on_bytes)
-        return loading.stream_text_encoder(*where, kept_rows=KEPT_ROWS if stays else 0)
+        kept = KEPT_ROWS if stays or cached else 0
+        return loading.stream_text_encoder(*where, kept_rows=kept, rows_in_ram=not stays)
 
     def _drop_encoder(self) -> None:
         if self._encoder is not None:

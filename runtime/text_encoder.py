@@ -9,9 +9,18 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from runtime.layers.activation import gelu_for
 from runtime.layers.attention import attention
-from runtime.layers.norm import RMSNorm, shared
+from runtime.layers.norm import RMSNorm, Rows, add_norm, norm_of
+
+# Biases lie in rows of a multiple of so many keys: others are copied before attention with biases takes them.
+ALIGNED_KEYS = 16
+
+# What torch may compute attention with. cuDNN's would be planned anew for each length of a prompt, and before
+# its version 9.15.1 torch does not trust it with lengths that are no multiple of 128.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,9 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, dim_attn, bias=False)
         self.o = nn.Linear(dim_attn, dim, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        linears = self.q, self.k, self.v
-        rows = shared(x, *linears)
-        q, k, v = (linear(rows).unflatten(-1, (self.num_heads, -1)) for linear in linears)
+    def forward(self, x: Rows, bias: Tensor) -> Tensor:
+        """x (B, L, D), as q, k and v take it; bias (1 or B, H, L, L) in its dtype -> (B, L, D)."""
+        q, k, v = (linear(x).unflatten(-1, (self.num_heads, -1)) for linear in (self.q, self.k, self.v))
         return self.o(attention(q, k, v, scale=1.0, bias=bias))  # (B, L, D)
 
 
@@ -65,9 +73,9 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(dim, dim_ffn, bias=False)
         self.fc2 = nn.Linear(dim_ffn, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows = shared(x, self.fc1, self.gate[0])
-        return self.fc2(self.fc1(rows) * self.gate(rows))
+    def forward(self, x: Rows) -> Tensor:
+        """x (B, L, D), as fc1 and the gate take it -> (B, L, D)."""
+        return self.fc2(gelu_for(self.gate[0](x), self.fc2, self.fc1(x)))
 
 
 class RelativeBias(nn.Module):
@@ -77,9 +85,10 @@ class RelativeBias(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
-    def forward(self, buckets: Tensor) -> Tensor:
-        """buckets (L, L) -> (1, H, L, L)."""
-        return self.embedding(buckets).permute(2, 0, 1).unsqueeze(0)
+    def forward(self, buckets: Tensor, dtype: torch.dtype) -> Tensor:
+        """buckets (L, S) -> (1, H, L, S), the keys of a head side by side as attention reads them."""
+        table = self.embedding.weight.to(dtype).t()  # (H, buckets)
+        return table.index_select(1, buckets.flatten()).unflatten(1, buckets.shape).unsqueeze(0)
 
 
 class Block(nn.Module):
@@ -93,12 +102,30 @@ class Block(nn.Module):
         self.ffn = FeedForward(config.dim, config.dim_ffn)
         self.pos_embedding = RelativeBias(config.num_buckets, config.num_heads)
 
-    def forward(self, x: Tensor, buckets: Tensor, hidden: Tensor) -> Tensor:
-        """x (B, L, D), buckets (L, L), hidden (B, 1, 1, L) bool, True for padding -> (B, L, D)."""
+    def forward(
+        self, x: Tensor, branch: Tensor | None, buckets: Tensor, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x and the branch that is still to be added, (B, L, D) each -> the same after this block.
+
+        The sum is left to the next norm, which does both in one pass, and may be written to x's memory.
+        branch None: nothing is to be added. buckets (L, S), of which the first L of each row count; hidden
+        (B, 1, 1, L) bool, True for padding.
+        """
+        attn, ffn = self.attn, self.ffn
+        into_attn, into_ffn = (attn.q, attn.k, attn.v), (ffn.fc1, ffn.gate[0])
+        if branch is None:
+            rows = norm_of(x, self.norm1.scaling, self.norm1.eps, *into_attn)
+        else:
+            x, rows = add_norm(x, branch, None, self.norm1.scaling, self.norm1.eps, *into_attn)
+        branch = attn(rows, self.bias(x, buckets, hidden))
+        x, rows = add_norm(x, branch, None, self.norm2.scaling, self.norm2.eps, *into_ffn)
+        return x, ffn(rows)
+
+    def bias(self, x: Tensor, buckets: Tensor, hidden: Tensor | None) -> Tensor:
+        """What is added to the scores of x's tokens, (1 or B, H, L, L) in x's dtype."""
+        bias = self.pos_embedding(buckets, x.dtype)[..., : x.shape[1]]
         # The most negative number rather than -inf: a row without any token stays finite.
-        bias = self.pos_embedding(buckets).to(x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
-        x = x + self.attn(self.norm1(x), bias)
-        return x + self.ffn(self.norm2(x))
+        return bias if hidden is None else bias.masked_fill(hidden, torch.finfo(x.dtype).min)
 
 
 class TextEncoder(nn.Module):
@@ -111,25 +138,35 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.eps)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids (B, L) int64, mask (B, L) bool, True for real tokens -> text states (B, L, dim).
 
-        Padding influences nothing: a prompt gives the same states with and without it. Rows of padding come
-        out as zeros, which is what the transformer expects there. Raises ValueError when the shapes differ.
+        Without a mask every token is real. Padding influences nothing: a prompt gives the same states with
+        and without it. Rows of padding come out as zeros, which is what the transformer expects there. Raises
+        ValueError when the shapes differ.
         """
-        if ids.ndim != 2 or mask.shape != ids.shape:
-            raise ValueError(
-                f"ids have shape {tuple(ids.shape)} and the mask {tuple(mask.shape)}, expected one (B, L)"
-            )
-        positions = torch.arange(ids.shape[1]).to(ids)
-        distance = positions[None, :] - positions[:, None]  # (L, L): key minus query
-        buckets = distance_buckets(distance, self.config.num_buckets, self.config.max_distance)
-        hidden = ~mask[:, None, None, :]  # (B, 1, 1, L)
+        if ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
+            masked = "" if mask is None else f" and the mask {tuple(mask.shape)}"
+            raise ValueError(f"ids have shape {tuple(ids.shape)}{masked}, expected one (B, L)")
+        hidden = None if mask is None else ~mask[:, None, None, :]  # (B, 1, 1, L)
+        buckets = self._buckets(ids)
 
-        x = self.token_embedding(ids)  # (B, L, D), not scaled
-        for block in self.blocks:
-            x = block(x, buckets, hidden)
-        return self.norm(x).masked_fill(~mask[..., None], 0)
+        x, branch = self.token_embedding(ids), None  # (B, L, D), not scaled
+        with sdpa_kernel(ATTENTION):
+            for block in self.blocks:
+                x, branch = block(x, branch, buckets, hidden)
+        if branch is None:
+            states = self.norm(x)
+        else:
+            _, states = add_norm(x, branch, None, self.norm.scaling, self.norm.eps)
+        return states if mask is None else states.masked_fill(~mask[..., None], 0)
+
+    def _buckets(self, ids: Tensor) -> Tensor:
+        """The buckets of all pairs of tokens, (L, S): L keys and what fills the rows up to ALIGNED_KEYS."""
+        length = ids.shape[1]
+        keys = torch.arange(-(-length // ALIGNED_KEYS) * ALIGNED_KEYS).to(ids)
+        distance = keys[None, :] - keys[:length, None]  # key minus query
+        return distance_buckets(distance, self.config.num_buckets, self.config.max_distance)
 
 
 def distance_buckets(distance: Tensor, num_buckets: int = 32, max_distance: int = 128) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from runtime.kernels.launch import E4M3
-from runtime.kernels.norm_quantize import Affine, Modulation, Scaling
+from runtime.kernels.norm_quantize import Affine, Modulation, Rms, Scaling
 
 FORMATS = [torch.int8, E4M3]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -16,6 +16,7 @@ Quantized = tuple[Tensor, Tensor]
 SCALINGS: dict[str, Callable[[int, str], Scaling]] = {
     "modulated": lambda width, device: Modulation(vector(width, 1, device), vector(width, 2, device)),
     "affine": lambda width, device: Affine(vector(width, 3, device), vector(width, 4, device)),
+    "rms": lambda width, device: Rms(vector(width, 5, device).bfloat16()),
 }
 
 

@@ -22,6 +22,7 @@ from runtime.bench.scene import Rows, Scene
 from runtime.bench.sizes import Size
 from runtime.kernels import launch
 from runtime.memory.plan import Blocks
+from runtime.memory.sizes import KEPT_ROWS
 from runtime.memory.stream import BlockStream
 from runtime.memory.visit import give_back
 from runtime.parts import PlannedParts
@@ -99,7 +100,7 @@ def _ids(scene: Scene, pipe: Pipeline) -> Tensor:
 
 def _encode(encoder: TextEncoder, ids: Tensor, computing: Computing) -> None:
     with computing():
-        encoder(ids, torch.ones_like(ids, dtype=torch.bool))
+        encoder(ids)
 
 
 @contextmanager
@@ -124,7 +125,9 @@ def _streamed(scene: Scene, pipe: Pipeline, ids: Tensor) -> Streamed:
     count = int(checkpoint.sizes()["num_layers"])
     placement = Blocks((), tuple(range(count)), min(SLOTS, count))
     encoder, stream = loading.stream_text_encoder(
-        checkpoint, where.manifest, where.device, scene.dtype, placement, parts.ring
+        *(checkpoint, where.manifest, where.device, scene.dtype, placement, parts.ring),
+        kept_rows=KEPT_ROWS,
+        rows_in_ram=True,
     )
     try:
         # The first pass reads the files; each of the others begins with the copy of its first block.
@@ -146,7 +149,7 @@ def _streamed(scene: Scene, pipe: Pipeline, ids: Tensor) -> Streamed:
 
 
 def _pass(stream: BlockStream, encode: Run) -> None:
-    stream.expect(1)
+    stream.expect(0)  # as in a run: nothing comes before the first block is asked for
     encode()
 
 

@@ -31,7 +31,15 @@ from runtime.kernels.configs import chosen
 from runtime.kernels.launch import E4M3, LOWEST, capability, fused, trouble
 from runtime.kernels.row_quantize import row_quantize
 from runtime.kernels.w8a8 import w8a8, w8a8_triton
-from runtime.linear.module import QuantizedLinear, first_working, forced, pad_rows, preferred, rescale
+from runtime.linear.module import (
+    MIN_ROWS,
+    QuantizedLinear,
+    first_working,
+    forced,
+    pad_rows,
+    preferred,
+    rescale,
+)
 from runtime.linear.quantize import FP8, Format, quantize_rows
 
 FAST_ACCUMULATION = False
@@ -44,9 +52,8 @@ class Fp8Linear(QuantizedLinear):
     form: ClassVar[Format] = FP8
     PREPARED: ClassVar[tuple[str, ...]] = ("rowwise", "fused")
 
-    def multiply(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor, way: str) -> Tensor:
         """rows (M, in) -> (M, out), in the way that the device has."""
-        way = self.way(rows)
         if way == "reference":
             return self.in_slices(rows, self._reference)
         if way == "rowwise":
@@ -54,14 +61,15 @@ class Fp8Linear(QuantizedLinear):
         if way == "unscaled":
             return self.in_slices(rows, self._unscaled)
         if way == "fused":
-            return self.product(*row_quantize(rows, E4M3), rows.dtype)
+            return self.product(*row_quantize(rows, E4M3), rows.dtype, way=way)
         return self.dequantized(rows)
 
-    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def product(
+        self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None, way: str | None = None
+    ) -> Tensor:
         """rowwise, for bf16 alone, or fused: the ways that take quantized rows whole."""
-        if self._way(q, dtype) == "fused":
-            bias = self.bias
-            operands = (q, self.weight, scale, self.weight_scale, bias, dtype)
+        if (way or self._way(q, dtype)) == "fused":
+            operands = (q, self.weight, scale, self.weight_scale, self.bias, dtype)
             return w8a8(*operands, fast=FAST_ACCUMULATION, into=into)
         return self._rowwise(q, scale, into)
 
@@ -77,7 +85,8 @@ class Fp8Linear(QuantizedLinear):
             return "reference"
         if self.in_features % _MULTIPLE or self.out_features % _MULTIPLE:
             return "dequantized"
-        if preferred(device, self.weight) == "fused" and fused(rows, E4M3) and _fused_works(device):
+        measured = preferred(device, E4M3, self.out_features, self.in_features)
+        if measured == "fused" and fused(rows, E4M3) and _fused_works(device):
             return "fused"
         way = _device_way(device)
         return "unscaled" if way == "rowwise" and dtype != torch.bfloat16 else way
@@ -86,7 +95,8 @@ class Fp8Linear(QuantizedLinear):
         return rescale(q.float() @ self.weight.float().t(), scale, self.weight_scale, self.bias)
 
     def _rowwise(self, q: Tensor, scale: Tensor, into: Tensor | None = None) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        bias = self.bias
+        bias = None if bias is None else bias.to(torch.bfloat16)
         return scaled_mm_rowwise(q, self.weight, scale, self.weight_scale, bias, into)
 
     def _unscaled(self, q: Tensor, scale: Tensor) -> Tensor:
@@ -122,21 +132,21 @@ def scaled_mm_rowwise(
 
     into: where the result goes, if it is given and no rows have to be added.
     """
-    padded, padded_scale = pad_rows(q), scale
-    if padded.shape[0] != q.shape[0]:
-        padded_scale = scale.new_ones((padded.shape[0], 1))
-        padded_scale[: q.shape[0]] = scale
-    y = torch._scaled_mm(
-        padded,
+    rows = q.shape[0]
+    if rows < MIN_ROWS:
+        padded_scale = scale.new_ones((MIN_ROWS, 1))
+        padded_scale[:rows] = scale
+        return scaled_mm_rowwise(pad_rows(q), weight, padded_scale, weight_scale, bias)[:rows]
+    return torch._scaled_mm(
+        q,
         weight.t(),
-        scale_a=padded_scale,
+        scale_a=scale,
         scale_b=weight_scale.reshape(1, -1),
         bias=bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=FAST_ACCUMULATION,
-        **({"out": into} if into is not None and padded is q else {}),
+        **({} if into is None else {"out": into}),
     )
-    return y[: q.shape[0]]
 
 
 def scaled_mm_unscaled(q: Tensor, weight: Tensor) -> Tensor:

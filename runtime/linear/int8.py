@@ -39,9 +39,8 @@ class Int8Linear(QuantizedLinear):
     form: ClassVar[Format] = INT8
     PREPARED: ClassVar[tuple[str, ...]] = ("fused",)
 
-    def multiply(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor, way: str) -> Tensor:
         """rows (M, in) -> (M, out), in the way that the device has."""
-        way = self.way(rows)
         if way == "reference":
             return self.in_slices(rows, self._reference)
         if way == "fused":
@@ -50,7 +49,9 @@ class Int8Linear(QuantizedLinear):
             return self.in_slices(rows, self._integer)
         return self.dequantized(rows)
 
-    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def product(
+        self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None, way: str | None = None
+    ) -> Tensor:
         """fused, which is the one way that takes quantized rows whole."""
         return w8a8(q, self.weight, scale, self.weight_scale, self.bias, dtype, into=into)
 

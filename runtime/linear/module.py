@@ -71,15 +71,17 @@ class QuantizedLinear(nn.Module):
         into: contiguous memory for the result, which a product of prepared rows may use.
         """
         if isinstance(x, Prepared):
-            q = x.values.reshape(-1, self.in_features)  # (M, in)
+            values, scales, dtype = x
+            q = values.reshape(-1, self.in_features)  # (M, in)
             place = None if into is None else into.view(-1, self.out_features)
-            y = self.product(q, x.scales.reshape(-1, 1), x.dtype, place)
-            return y.reshape(*x.values.shape[:-1], self.out_features)
+            y = self.product(q, scales.reshape(-1, 1), dtype, place)
+            return y.reshape(*values.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features)  # (M, in)
-        if self.takes(rows) is not None:
-            y = self.product(*row_quantize(rows, self.form.dtype), rows.dtype)
+        way = self.way(rows)  # asked once: of a short product, the host's time is most
+        if self._whole(way, rows):
+            y = self.product(*row_quantize(rows, self.form.dtype), rows.dtype, way=way)
         else:
-            y = self.multiply(rows)
+            y = self.multiply(rows, way)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def takes(self, x: Tensor) -> torch.dtype | None:
@@ -87,22 +89,27 @@ class QuantizedLinear(nn.Module):
 
         Then a kernel that makes x may quantize it on the way, once for all layers that read it.
         """
-        prepared = self.way(x) in self.PREPARED and fused(x, self.form.dtype)
-        return self.form.dtype if prepared else None
+        return self.form.dtype if self._whole(self.way(x), x) else None
+
+    def _whole(self, way: str, x: Tensor) -> bool:
+        """Whether rows like x are quantized by a kernel and multiplied whole, `way` being how."""
+        return way in self.PREPARED and fused(x, self.form.dtype)
 
     def way(self, x: Tensor) -> str:
         """How x (..., in) is multiplied on its device: one of the ways of the class."""
         raise NotImplementedError
 
-    def product(self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def product(
+        self, q: Tensor, scale: Tensor, dtype: torch.dtype, into: Tensor | None = None, way: str | None = None
+    ) -> Tensor:
         """q (M, in) quantized, scale (M, 1) -> (M, out) of dtype, in one of the ways of PREPARED.
 
-        into: (M, out) contiguous of dtype, where the result may go.
+        into: (M, out) contiguous of dtype, where the result may go. way: that of such rows, if it is known.
         """
         raise NotImplementedError
 
-    def multiply(self, rows: Tensor) -> Tensor:
-        """rows (M, in) -> (M, out), by the fastest way that this device has."""
+    def multiply(self, rows: Tensor, way: str) -> Tensor:
+        """rows (M, in) -> (M, out), `way` being theirs."""
         raise NotImplementedError
 
     def dequantized(self, rows: Tensor) -> Tensor:
@@ -177,9 +184,9 @@ def prefer(way: str | None, device: torch.device, dtype: torch.dtype, columns: i
         _measured[key] = way
 
 
-def preferred(device: torch.device, weight: Tensor) -> str | None:
+def preferred(device: torch.device, dtype: torch.dtype, columns: int, depth: int) -> str | None:
     """The way that was measured to be the fastest for such a weight, None where nobody did."""
-    return _measured.get((device, weight.dtype, weight.shape[0], weight.shape[1]))
+    return _measured.get((device, dtype, columns, depth))
 
 
 def first_working(

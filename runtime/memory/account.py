@@ -238,7 +238,7 @@ def host_bytes(inputs: Inputs, choice: Choice, parts: Parts) -> dict[str, int]:
     base = (costs.PROCESS_CUDA if cuda else costs.PROCESS_CPU) + costs.HOST_SLACK + choice.ring.nbytes
     if cuda and not choice.vae_stays:
         base += vae_bytes(sizes)
-    base += text_cache(sizes, choice)
+    base += text_cache(sizes, choice) + (sizes.token_rows if choice.text == "cached" else 0)
     cache = choice.cached * sizes.blocks.matrices
     host = {}
     for phase, there in parts.items():

@@ -27,6 +27,7 @@ class StoredEmbedding(nn.Module):
         self._room = 0  # rows that may be kept
         self._slots: dict[int, int] = {}  # row of the table -> row of what is kept
         self._kept: Tensor | None = None  # (room, D)
+        self._home: torch.device | None = None
         if self._info.offset is not None:
             files.open(self._info.file)
 
@@ -34,9 +35,10 @@ class StoredEmbedding(nn.Module):
         """The sizes and the file."""
         return f"{self.num_embeddings}, {self.embedding_dim}, rows read from {self._info.file.name}"
 
-    def keep(self, room: int) -> None:
-        """Keep up to `room` rows, once read, on the device of the ids: for one prompt after another."""
+    def keep(self, room: int, home: torch.device | None = None) -> None:
+        """Keep up to `room` rows, once read, on `home` or the device of the ids: for prompt after prompt."""
         self._room, self._slots, self._kept = min(room, self.num_embeddings), {}, None
+        self._home = home
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) or any shape, integers -> (B, L, D) of the compute dtype, on the device of ids.
@@ -49,8 +51,8 @@ class StoredEmbedding(nn.Module):
             outside = rows[0] if rows[0] < 0 else rows[-1]
             raise IndexError(f"token {int(outside)} is outside of the table's {self.num_embeddings} rows")
         if 0 < rows.numel() <= self._room:
-            kept, slots = self._keeping(rows.tolist(), ids.device)
-            return kept[slots[places].to(ids.device)]  # (*ids.shape, D)
+            kept, slots = self._keeping(rows.tolist(), self._home or ids.device)
+            return kept[slots[places].to(kept.device)].to(ids.device)  # (*ids.shape, D)
         table = self._read(rows).to(self.dtype)  # (unique, D)
         return table[places].to(ids.device)  # (*ids.shape, D)
 

@@ -24,6 +24,7 @@ from runtime.kernels.launch import E4M3
 from runtime.kernels.norm_quantize import (
     Modulation,
     Residual,
+    Rms,
     norm_quantize_torch,
     norm_quantize_triton,
     norm_triton,
@@ -119,7 +120,7 @@ def row_kernels(rows: int, repeats: int) -> None:
             (
                 f"gelu_quantize 13824 {name}",
                 3 * f,
-                {f"w{w}": partial(gelu_quantize_triton, h, form, w) for w in (8, 16, 32)},
+                {f"w{w}": partial(gelu_quantize_triton, h, form, None, w) for w in (8, 16, 32)},
                 partial(gelu_quantize_torch, h, form),
             ),
         ]
@@ -150,6 +151,8 @@ def row_kernels(rows: int, repeats: int) -> None:
         ),
     ]
     cases += norm_silu_cases(g)
+    if launch.capability(CUDA) >= launch.LOWEST[E4M3]:
+        cases += text_cases(g)
     table_of(cases, rows, repeats)
 
 
@@ -186,6 +189,28 @@ def table_of(cases: list[Case], rows: int, repeats: int) -> None:
             floor = nbytes / rate
             line = f"{ms:7.3f} {floor:7.3f} {floor / ms:8.0%} {nbytes / ms / 1e9:6.2f} {twin_ms:8.3f}"
             print(f"{name + ' ' + variant:34} {line} {twin_ms / ms:6.1f}")
+
+
+def text_cases(g: torch.Generator) -> list[Case]:
+    """The row kernels of the text encoder, for a prompt of full length."""
+    tokens, width, wide = 512, 4096, 10240
+    x, branch = (torch.randn(tokens, width, device=CUDA, generator=g).bfloat16() for _ in range(2))
+    h, factor = (torch.randn(tokens, wide, device=CUDA, generator=g).bfloat16() for _ in range(2))
+    scaling, residual = (
+        Rms(torch.randn(width, device=CUDA, generator=g).bfloat16()),
+        Residual(branch.mul_(1e-3)),
+    )
+    norms: dict[str, Run] = {
+        f"w{w} r{r}": partial(norm_quantize_triton, x, scaling, 1e-6, E4M3, residual, w, r)
+        for w, r in ((2, 1), (4, 1), (8, 1), (2, 4), (4, 4))
+    }
+    gelus: dict[str, Run] = {f"w{w}": partial(gelu_quantize_triton, h, E4M3, factor, w) for w in (8, 16, 32)}
+    plain_norm = partial(norm_quantize_torch, x, scaling, 1e-6, E4M3, residual)
+    plain_gelu = partial(gelu_quantize_torch, h, E4M3, factor)
+    return [
+        ("residual + rms_quantize, text", 7 * tokens * width, norms, plain_norm),
+        ("gelu·factor quantize, text", 5 * tokens * wide, gelus, plain_gelu),
+    ]
 
 
 def norm_silu_cases(g: torch.Generator) -> list[Case]:

@@ -1,6 +1,6 @@
 """What each fast path does to a picture: the demo's score and latents, and full-width blocks against fp32.
 
-    python -m tests.gpu.measure_quality [--videos 36] [--seconds 90] [--only demo|wide]
+    python -m tests.gpu.measure_quality [--videos 36] [--seconds 90] [--only demo|wide] [--attention NAMES]
 
 A path is an attention backend, kernels (fused, or their twins in plain torch), a format, and for FP8 whether
 `torch._scaled_mm` adds fast. Tables, then each bound of `demo.quality` that was exceeded; the exit status is
@@ -99,10 +99,10 @@ def following(path: Path) -> Iterator[None]:
         fp8.FAST_ACCUMULATION = before
 
 
-def proven(device: torch.device) -> list[str]:
-    """The backends that are right here; the others are printed with why not."""
+def proven(device: torch.device, asked: list[str] | None = None) -> list[str]:
+    """The backends of `asked`, or all, that are right here; the others are printed with why not."""
     found = []
-    for name in backends.BACKENDS:
+    for name in backends.BACKENDS if asked is None else asked:
         proof = backends.prove(name, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         if proof.ok:
             found.append(name)
@@ -158,7 +158,7 @@ def of_demo(device: torch.device, names: list[str], videos: int, until: float) -
 def latents_of(demo: Demo, path: Path, scenes: list[Scene], sampler: str) -> Tensor:
     """Latents (B, 16, T, h, w) of a path."""
     with following(path), quality.attending(demo, quality.of_backend(path.attention, demo.device)):
-        return quality.make_latents(demo, scenes, sampler, seed=1)
+        return quality.make_latents(demo, scenes, sampler, seed=1, alone=path.fused)
 
 
 # --- sums ---
@@ -323,12 +323,14 @@ def main() -> int:
     parser.add_argument("--videos", type=int, default=36, help="for each path and sampler")
     parser.add_argument("--seconds", type=float, default=90, help="in all; scoring ends in time for the rest")
     parser.add_argument("--only", choices=("demo", "wide"))
+    parser.add_argument("--attention", help="backends, comma-separated; all that are right here unless given")
     given = parser.parse_args()
     began = time.monotonic()
     device = torch.device("cuda", 0)
     triton = launch.trouble(device) or "works"
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton: {triton}")
-    names, wrong = proven(device), []
+    asked = None if given.attention is None else given.attention.split(",")
+    names, wrong = proven(device, asked), []
     if given.only != "demo":
         if launch.capability(device) >= launch.LOWEST[launch.E4M3]:
             wrong += of_sums(device)

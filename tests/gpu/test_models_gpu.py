@@ -7,6 +7,7 @@ format two distances are printed: to the model with the original weights (what a
 with the weights as the file holds them (what quantized activations and bf16 add).
 """
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from runtime.checkpoint import load_weights, open_checkpoint
 from runtime.checkpoint.convert import Recipe, write_layout
+from runtime.kernels import launch
 from runtime.linear import swap_linears
 from runtime.linear.quantize import dequantize
 from runtime.text_encoder import TextEncoder, TextEncoderConfig
@@ -120,12 +122,42 @@ def test_text_encoder_forward(quantization: str, tmp_path: Path) -> None:
     model = reload(TextEncoder, config, tmp_path / "t5.pth", "text_encoder", torch.bfloat16)
     for length in (3, 40, 512):
         ids = torch.randint(2, 1000, (1, length), device="cuda")
-        mask = torch.ones_like(ids, dtype=torch.bool)
         with torch.inference_mode():
-            ours, expected = model(ids, mask), reference(ids, mask)
-        distance = rms(ours, expected)
-        print(f"\ntext encoder {quantization:5} {length:4} tokens: rms to fp32 {distance:.2e}")
+            ours, expected = model(ids), reference(ids)
+            with launch.twins():
+                plain = model(ids)
+        distance, twins = rms(ours, expected), rms(plain, expected)
+        print(
+            f"\ntext encoder {quantization:5} {length:4} tokens: rms to fp32 {distance:.2e}, "
+            f"without kernels {twins:.2e}, between the two {rms(ours, plain):.2e}"
+        )
         assert 0 < distance <= 3 * LIMITS[quantization]  # gate times value doubles an error
+        assert distance <= 1.1 * twins
+
+
+@pytest.mark.parametrize("length", [512, 77])
+def test_a_layer_of_the_text_encoder_is_few_kernels(length: int, tmp_path: Path) -> None:
+    """13 with torch's product in eight bits; its attention takes the biases as they are, in one kernel."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this card's products in eight bits take more kernels")
+    counts, ids = [], torch.randint(2, 1000, (1, length), device="cuda")
+    for layers in (1, 2):
+        config = TextEncoderConfig(1000, 4096, 4096, 10240, 64, layers)
+        with torch.device("cuda"):
+            state = randomise(TextEncoder(config), seed=3).state_dict()
+        recipe = Recipe("text_encoder", "fp8", other_dtype=torch.bfloat16)
+        write_layout(tmp_path / f"t5-{layers}.pth", state, recipe, "pickle")
+        model = reload(TextEncoder, config, tmp_path / f"t5-{layers}.pth", "text_encoder", torch.bfloat16)
+        with torch.inference_mode():
+            model(ids)  # kernels are compiled, ways found
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                model(ids)
+                torch.cuda.synchronize()
+        kernels = [one for one in profile.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+        counts.append(Counter(one.name[:60] for one in kernels))
+    layer = counts[1] - counts[0]
+    print(f"\n{length} tokens, one layer:", *(f"  {n} {name}" for name, n in layer.items()), sep="\n")
+    assert 10 <= layer.total() <= 15
 
 
 def test_vae_decode_and_encode() -> None:

@@ -2,12 +2,13 @@
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from runtime.text_encoder import TextEncoder, TextEncoderConfig, distance_buckets
+from runtime.text_encoder import ALIGNED_KEYS, TextEncoder, TextEncoderConfig, distance_buckets
 
 TO_TRANSFORMERS = [  # in order: what the original calls a part, what transformers calls it
     (r"^token_embedding\.", "shared."),
@@ -142,6 +143,40 @@ def test_padding_changes_nothing(dtype: torch.dtype) -> None:
     assert worst <= (1e-5 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.parametrize("lengths", [[1], [16], [37], [9, 9]], ids=str)
+def test_no_mask_is_a_mask_of_real_tokens(lengths: list[int]) -> None:
+    config = CONFIGS["attention wider than the states"]
+    model = build(config, 11)
+    ids, mask = draw(config, lengths, lengths[0], seed=12)
+    assert mask.all()
+    with torch.inference_mode():
+        assert torch.equal(model(ids), model(ids, mask))
+    gradients = []
+    for given in (None, mask):
+        states = model(ids, given)
+        changes = torch.autograd.grad(states.square().sum(), [*model.parameters()])
+        gradients.append((states.detach(), *changes))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(one.any() for one in gradients[0]) or lengths == [1]  # one token attends to itself alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 8, 17, 32])
+def test_biases_lie_as_attention_reads_them(length: int, dtype: torch.dtype) -> None:
+    """Otherwise torch computes scores whole in fp32, or copies the biases."""
+    config = CONFIGS["4 heads of 16"]
+    model = build(config, 13)
+    block: Any = model.blocks[1]
+    x = torch.randn(1, length, config.dim).to(dtype)
+    bias = block.bias(x, model._buckets(torch.ones(1, length, dtype=torch.long)), None)
+    assert bias.shape == (1, config.num_heads, length, length) and bias.dtype == dtype
+    assert bias.stride(-1) == 1 and not any(stride % ALIGNED_KEYS for stride in bias.stride()[:-1])
+    positions = torch.arange(length)
+    buckets = distance_buckets(positions[None, :] - positions[:, None])
+    expected = block.pos_embedding.embedding(buckets).permute(2, 0, 1).to(dtype)
+    assert torch.equal(bias[0], expected)
+
+
 def test_rows_without_any_token_stay_finite() -> None:
     config = CONFIGS["4 heads of 16"]
     model = build(config, 6)
@@ -220,7 +255,7 @@ def test_buckets_match_transformers(num_buckets: int, max_distance: int) -> None
 def test_wrong_shapes_and_sizes_are_refused() -> None:
     model = build(CONFIGS["4 heads of 16"])
     ids, mask = draw(model.config, [5], 8, seed=10)
-    for bad_ids, bad_mask in ((ids[0], mask[0]), (ids, mask[:, :5]), (ids, mask[0])):
+    for bad_ids, bad_mask in ((ids[0], mask[0]), (ids, mask[:, :5]), (ids, mask[0]), (ids[0], None)):
         with pytest.raises(ValueError, match="expected one"):
             model(bad_ids, bad_mask)
     with pytest.raises(ValueError, match="3 heads"):

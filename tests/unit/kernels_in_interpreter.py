@@ -25,8 +25,10 @@ from runtime.kernels.gated_add import gated_add_torch, gated_add_triton  # noqa:
 from runtime.kernels.gelu_quantize import gelu_quantize_torch, gelu_quantize_triton  # noqa: E402
 from runtime.kernels.interleave import interleave_torch, interleave_triton  # noqa: E402
 from runtime.kernels.norm_quantize import (  # noqa: E402
+    ROWS,
     Modulation,
     Residual,
+    Rms,
     norm_quantize_torch,
     norm_quantize_triton,
     norm_torch,
@@ -109,6 +111,10 @@ def test_a_bad_row_stays_bad_and_spoils_no_other(form: torch.dtype, bad: float, 
         "row": lambda x: row_quantize_triton(x, form),
         "gelu": lambda x: gelu_quantize_triton(x, form),
         "norm": lambda x: norm_quantize_triton(x, Modulation(ones, more), 1e-6, form),
+        "rms": lambda x: norm_quantize_triton(x, Rms(ones), 1e-6, form),
+        "gelu of a factor": lambda x: gelu_quantize_triton(
+            more.bfloat16().expand(6, -1).contiguous(), form, x
+        ),
     }.items():
         q, scale = quantize(x)
         back = q.float() * scale
@@ -121,6 +127,7 @@ def test_a_bad_row_stays_bad_and_spoils_no_other(form: torch.dtype, bad: float, 
 NORMS = [  # all variants in bf16, the other dtypes in the fullest one
     *((torch.bfloat16, scaling, before) for scaling in SCALINGS for before in ("none", "gated", "plain")),
     *((dtype, "modulated", "gated") for dtype in (torch.float16, torch.float32)),
+    *((dtype, "rms", "plain") for dtype in (torch.float16, torch.float32)),
 ]
 
 
@@ -140,7 +147,7 @@ def test_norm_quantize(
             expected = norm_quantize_torch(theirs, how, 1e-6, form, before)
             with monkeypatch.context() as patch:
                 poison(patch)
-                got = norm_quantize_triton(ours, how, 1e-6, form, before)
+                got = norm_quantize_triton(ours, how, 1e-6, form, before, rows=ROWS)
             assert torch.equal(ours, theirs)  # the residual stream
             name = f"norm_quantize {scaling} {residual} {width} {dtype} {form}"
             eps = torch.finfo(dtype).eps
@@ -175,12 +182,14 @@ def test_rms_rope(dtype: torch.dtype) -> None:
 def test_gelu_quantize(form: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for width in (13824, 300, 16):
         h = tokens(6, width, dtype, width)
-        expected = gelu_quantize_torch(h, form)
-        with monkeypatch.context() as patch:
-            poison(patch)
-            got = gelu_quantize_triton(h, form)
-        eps = max(torch.finfo(dtype).eps, 1e-6)
-        compare(f"gelu_quantize {width} {dtype} {form}", got, expected, rate=0.02, scale_error=eps)
+        for factor in (None, torch.randn(6, width, generator=torch.Generator().manual_seed(9)).to(dtype)):
+            expected = gelu_quantize_torch(h, form, factor)
+            with monkeypatch.context() as patch:
+                poison(patch)
+                got = gelu_quantize_triton(h, form, factor)
+            eps = max(torch.finfo(dtype).eps, 1e-6) * (1 if factor is None else 2)  # it is rounded twice
+            name = f"gelu_quantize {width} {dtype} {form}, factor {factor is not None}"
+            compare(name, got, expected, rate=0.02, scale_error=eps)
 
 
 @pytest.mark.parametrize("together", [2, 4, 7])
@@ -189,16 +198,16 @@ def test_norms_of_rows_in_turn_are_the_same_bits(together: int, monkeypatch: pyt
     for width in (5120, 300, 16):
         x, branch = tokens(6, width, torch.bfloat16, 1), tokens(6, width, torch.bfloat16, 2)
         before = Residual(branch, vector(width, 5))
-        how = Modulation(vector(width, 1), vector(width, 2))
-        for form in FORMATS:
-            alone, in_turn = (
-                (*norm_quantize_triton(ours, how, 1e-6, form, before, 0, rows), ours)
-                for rows, ours in ((1, x.clone()), (together, x.clone()))
-            )
-            for one, other in zip(alone, in_turn, strict=True):
-                assert torch.equal(one.float(), other.float())
-        once, turns = (norm_triton(x.clone(), how, 1e-6, before, 0, rows) for rows in (1, together))
-        assert torch.equal(once, turns)
+        for how in (Modulation(vector(width, 1), vector(width, 2)), Rms(vector(width, 3))):
+            for form in FORMATS:
+                alone, in_turn = (
+                    (*norm_quantize_triton(ours, how, 1e-6, form, before, 0, rows), ours)
+                    for rows, ours in ((1, x.clone()), (together, x.clone()))
+                )
+                for one, other in zip(alone, in_turn, strict=True):
+                    assert torch.equal(one.float(), other.float())
+            once, turns = (norm_triton(x.clone(), how, 1e-6, before, 0, rows) for rows in (1, together))
+            assert torch.equal(once, turns)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,8 +12,19 @@ from torch import Tensor
 from runtime.kernels import configs, launch, tune, w8a8
 from runtime.kernels.configs import Config
 from runtime.kernels.gated_add import gated_add
-from runtime.kernels.gelu_quantize import gelu_quantize
-from runtime.kernels.norm_quantize import Affine, Modulation, Residual, norm, norm_quantize
+from runtime.kernels.gelu_quantize import gelu_quantize, gelu_quantize_triton
+from runtime.kernels.norm_quantize import (
+    FEW,
+    ROWS,
+    Affine,
+    Modulation,
+    Residual,
+    Rms,
+    _together,
+    norm,
+    norm_quantize,
+    norm_triton,
+)
 from runtime.kernels.norm_silu import norm_silu
 from runtime.kernels.rms_rope import rms_rope
 from runtime.kernels.row_quantize import row_quantize
@@ -75,6 +86,30 @@ def test_norms_are_the_layers(dtype: torch.dtype) -> None:
     assert torch.equal(stream, plain_gated_add(x, branch, gate))
 
 
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norms_are_the_layers(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    x, branch = randn(1, 9, 64, dtype=dtype), randn(1, 9, 64, seed=1, dtype=dtype)
+    layer = RMSNorm(64, 1e-6).requires_grad_(False)
+    layer.weight.data = randn(64, seed=2, dtype=weight_dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight.double()
+    y = norm(x, layer.scaling, 1e-6)
+    worst = float(((y.double() - exact).abs() / exact.abs().clamp_min(1e-3)).max())
+    print(f"RMSNorm of {dtype}: largest relative difference {worst:.1e}")
+    assert worst <= 4 * torch.finfo(dtype).eps
+    assert torch.equal(y, layer(x)) and torch.equal(y, norm_of(x, layer.scaling, 1e-6))
+    stream = x.clone()
+    q, scales = norm_quantize(stream, layer.scaling, 1e-6, torch.int8, Residual(branch))
+    assert torch.equal(stream, x + branch)
+    expected_q, expected_scales = row_quantize(layer(x + branch), torch.int8)
+    assert torch.equal(q, expected_q) and torch.equal(scales, expected_scales)
+
+
+def test_few_rows_have_a_program_each() -> None:
+    assert _together(torch.empty(1, 512, 8)) == _together(torch.empty(FEW, 3)) == 1
+    assert _together(torch.empty(FEW + 1, 3)) == _together(torch.empty(2, FEW, 3)) == ROWS > 1
+
+
 def test_rms_rope_is_the_layers_in_fp32() -> None:
     grid, heads, width = (2, 3, 4), 3, 16
     x = randn(2, 24, heads * width)
@@ -90,8 +125,12 @@ def test_rms_rope_is_the_layers_in_fp32() -> None:
 
 def test_gelu_quantize_is_gelu_then_quantization() -> None:
     h = randn(7, 96, dtype=torch.bfloat16)
-    expected = row_quantize(torch.nn.functional.gelu(h, approximate="tanh"), torch.int8)
-    assert all(torch.equal(a, b) for a, b in zip(gelu_quantize(h, torch.int8), expected, strict=True))
+    g = torch.nn.functional.gelu(h, approximate="tanh")
+    factor = randn(7, 96, seed=1, dtype=torch.bfloat16)
+    for given, rows in ((None, g), (factor, factor * g)):
+        expected = row_quantize(rows, torch.int8)
+        got = gelu_quantize(h, torch.int8, given)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_norm_silu_is_the_vaes() -> None:
@@ -133,6 +172,8 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         lambda: w8a8.w8a8(q, w, s_a[:3], s_w),
         lambda: w8a8.w8a8(q, w.float(), s_a, s_w),
         lambda: w8a8.w8a8(q, w, s_a, s_w, torch.ones(5)),
+        lambda: gelu_quantize_triton(s_a, torch.int8, s_w),
+        lambda: norm_triton(s_a, Rms(torch.ones(3)), 1e-6),
     ):
         with pytest.raises(ValueError, match=r"expected|fit"):
             wrong()

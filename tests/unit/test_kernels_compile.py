@@ -42,8 +42,9 @@ pytestmark = [
 
 # kernel, types of its arguments ($ is the 8-bit format), what it is specialised for
 ROW = {"WIDTH": 5120, "MAIN": 4096, "TAIL": 1024}
+LONE = {"WIDTH": 4096, "MAIN": 4096, "TAIL": 0, "ROWS": 1}  # a row of the text encoder
 WIDE = {"WIDTH": 13824, "MAIN": 8192, "TAIL": 8192}
-NORM = {"RESIDUAL": True, "GATED": True, "MODULATED": True, "QUANTIZE": True}
+NORM = {"RESIDUAL": True, "GATED": True, "CENTERED": True, "MODULATED": True, "QUANTIZE": True}
 VECTORS = {"gate": "*fp32", "factor": "*fp32", "addend": "*fp32"}
 VIDEO = {
     "x_batch": "i64",
@@ -62,8 +63,14 @@ CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
     ),
     "gelu_quantize": (
         gelu_quantize._gelu_quantize_kernel,
-        {"h": "*bf16", "q": "*$", "scales": "*fp32"},
-        WIDE,
+        {"h": "*bf16", "factor": "*bf16", "q": "*$", "scales": "*fp32"},
+        {**WIDE, "GATES": False},
+        16,
+    ),
+    "gelu_quantize of a factor": (
+        gelu_quantize._gelu_quantize_kernel,
+        {"h": "*bf16", "factor": "*bf16", "q": "*$", "scales": "*fp32"},
+        {"WIDTH": 10240, "MAIN": 8192, "TAIL": 2048, "GATES": True},
         16,
     ),
     "norm_quantize": (
@@ -93,6 +100,30 @@ CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         },
         {**ROW, **NORM, "ROWS": 4, "QUANTIZE": False, "MODULATED": False, "GATED": False, "INTEGER": False},
         8,
+    ),
+    "rms_quantize": (
+        norm_quantize._norm_kernel,
+        {
+            "x": "*bf16",
+            "branch": "*bf16",
+            **dict.fromkeys(VECTORS, "*bf16"),
+            "out": "*$",
+            "scales": "*fp32",
+            "count": "i32",
+            "eps": "fp32",
+        },
+        {**LONE, **NORM, "GATED": False, "CENTERED": False, "MODULATED": False},
+        2,
+    ),
+    "rms": (
+        norm_quantize._norm_kernel,
+        {
+            **dict.fromkeys(("x", "branch", *VECTORS, "out", "scales"), "*bf16"),
+            "count": "i32",
+            "eps": "fp32",
+        },
+        {**LONE, **dict.fromkeys(NORM, False), "RESIDUAL": True, "INTEGER": False},
+        2,
     ),
     "rms_rope": (
         rms_rope._rms_rope_kernel,

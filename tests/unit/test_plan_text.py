@@ -22,7 +22,7 @@ def test_it_stays_in_ram_where_the_gpu_has_no_room() -> None:
     assert (kept.text, read.text) == ("cached", "streamed")
     assert kept.parts == read.parts and kept.blocks == read.blocks and kept.rung == read.rung
     assert {phase: kept.host[phase] - read.host[phase] for phase in read.host} == dict.fromkeys(
-        ("text", "entry", "denoise", "decode"), text_bytes()
+        ("text", "entry", "denoise", "decode"), text_bytes() + sizes().token_rows
     )
     assert kept.pinned == read.pinned + text_bytes() and read.pinned == read.ring.nbytes
     assert kept.as_dict()["predicted"]["pinned"] == kept.pinned

@@ -177,7 +177,7 @@ def test_the_command_judges(
     said = capsys.readouterr().out
     assert "| bf16 sage2-fp16 euler | 1.000 |" in said and "| reference euler | 1.000 |" in said
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "make_latents", lambda *_: torch.randn(1, 16, 5, 12, 20))
+        patch.setattr(quality, "make_latents", lambda *_, **__: torch.randn(1, 16, 5, 12, 20))
         assert quality.main(ask) == 1
     for wrong, message in (
         (["--attention", "sage9"], "no twin for a CPU; expected one of sage2"),

@@ -120,3 +120,13 @@ def test_rows_that_are_kept_are_read_once_and_are_the_same(tmp_path: Path) -> No
         given = torch.tensor(ids)
         assert torch.equal(ours(given), loaded(given)) and read() == total, ids
     assert ours(torch.empty((1, 0), dtype=torch.long)).shape == (1, 0, TEXT_ENCODER.dim)
+
+
+def test_rows_are_kept_where_they_are_wanted(tmp_path: Path) -> None:
+    ours, loaded = table_of(tmp_path, torch.float32, torch.bfloat16, "safetensors")
+    ours.keep(50, torch.device("cpu"))
+    for ids in ([[4, 9, 4]], [[9, 4, 11]]):
+        assert torch.equal(ours(torch.tensor(ids)), loaded(torch.tensor(ids)))
+    assert ours._kept is not None and ours._kept.device.type == "cpu" and set(ours._slots) == {4, 9, 11}
+    counts = ours._files.counts
+    assert counts.cached_bytes + counts.disk_bytes == 3 * 4 * TEXT_ENCODER.dim

@@ -141,8 +141,9 @@ def test_memory_that_runs_out_while_it_visits_leaves_nothing_on_the_device(
         return allocate(nbytes)
 
     monkeypatch.setattr(stream._feeder.lane, "allocate", short)
-    with pytest.raises(torch.OutOfMemoryError), parts_of(pipe).text_encoder():
-        pass
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    with pytest.raises(torch.OutOfMemoryError), parts_of(pipe).text_encoder() as encoder:
+        encoder(ids, torch.ones_like(ids, dtype=torch.bool))
     assert stream.device_bytes == 0
     assert torch.equal(encoded(pipe), wanted) and stream_of(pipe) is stream
 
