@@ -287,8 +287,8 @@ def entry_activations(sizes: ModelSizes, steps: int, forwards: int) -> int:
 def text_activations(sizes: ModelSizes) -> int:
     """Most bytes alive while a prompt of the full length n goes through a block of the text encoder.
 
-    The scores' bias (heads * n^2) twice, raw and with its padding masked, and in fp32 once more where a
-    kernel wants the scores whole; or the feed-forward: three tensors of n * ffn and, for 8 bit, fp32 rows of
+    The scores' bias (heads * n^2) twice, raw and with padding masked where there is any, and in fp32 once
+    more where a kernel wants the scores whole; or the feed-forward: three tensors of n * ffn and, for 8 bit, fp32 rows of
     it.
     """
     n, e = sizes.text_len, sizes.itemsize
