@@ -288,8 +288,8 @@ def text_activations(sizes: ModelSizes) -> int:
     """Most bytes alive while a prompt of the full length n goes through a block of the text encoder.
 
     The scores' bias (heads * n^2) twice, raw and with padding masked where there is any, and in fp32 once
-    more where a kernel wants the scores whole; or the feed-forward: three tensors of n * ffn and, for 8 bit, fp32 rows of
-    it.
+    more where a kernel wants the scores whole; or the feed-forward: three tensors of n * ffn and, for 8 bit,
+    fp32 rows of it.
     """
     n, e = sizes.text_len, sizes.itemsize
     states = 5 * n * sizes.text_dim * e
