@@ -1,6 +1,7 @@
 """The text of a run: the states of its prompts, from the cache or by the encoder, looked at before use."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +17,10 @@ from runtime.provenance import fingerprints, versions
 from runtime.request import CheckedRequest
 from runtime.resume import ResumePoint, check_point
 from runtime.schema import Profile
+from runtime.text_sample import TextSample
 from runtime.text_states import TextCache, encoder_digest
 from runtime.tokenizer import PromptTokenizer, Tokens
-from runtime.ways import Ways
+from runtime.ways import FUSED, Ways
 
 
 class Text(NamedTuple):
@@ -68,15 +70,20 @@ class Encoding:
         # Padding changes nothing in the rows before it, so it is not encoded at all.
         batch = torch.tensor([_ids(tokens)], device=self._parts.device)  # (1, n)
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, Fault | None]:
             with self._ways.computing(), self._parts.text_encoder() as encoder:
-                return encoder(batch)[0].cpu()  # (n, text_dim)
+                sample = TextSample(encoder)
+                with sample if self._ways.kernels == FUSED else nullcontext():
+                    states = encoder(batch)[0].cpu()  # (n, text_dim)
+                return states, sample.fault()
 
         while True:
-            states = self._fitting.within("text", run)
-            if torch.isfinite(states).all():
+            states, fault = self._fitting.within("text", run)
+            finite = bool(torch.isfinite(states).all())
+            if finite and fault is None:
                 break
-            if self._ways.lower_kernels(Fault("the text states are not finite"), "text encoder") is None:
+            fault = Fault("the text states are not finite") if fault is None or not finite else fault
+            if self._ways.lower_kernels(fault, "text encoder") is None:
                 raise OutputCheckError(
                     "The text states are not finite, so the video would be black or noise: check the text "
                     "encoder's file with `t2v weights verify`, or run with --device cpu."

@@ -24,7 +24,7 @@ KERNEL_BOUNDS = {8: 0.15, 16: 0.05, 32: 5e-3}
 """Relative, for rows of a block, by the bits of its products. A kernel rounds elsewhere than its twin: where
 it quantizes what the twin has rounded to bf16 before, some 3 % of the numbers move by a step of 6 %."""
 SAMPLED_BLOCKS = 5  # of each forward, at least, whose kernels are looked at; others in the next step
-_ROUNDINGS = 8  # a block that changes its input by fewer units of its dtype's rounding is measured by these
+ROUNDINGS = 8  # a block that changes its input by fewer units of its dtype's rounding is measured by these
 TILE_TOKENS = 64  # the last so many rows may be a tile that is not whole: one of them is always looked at
 _FP32_BYTES = 40_000_000
 """Of keys or values in fp32 at a time: two heads of 128 up to 39,062 tokens, one head beyond."""
@@ -275,7 +275,7 @@ class KernelSample:
         change, length = (torch.linalg.vector_norm(rows, dim=-1) for rows in (expected - x, x))
         self._found += [
             _against(torch.cat(self._entered).flatten(2), torch.cat(again).flatten(2)),
-            (errors, change.add_(length, alpha=_ROUNDINGS * torch.finfo(result.dtype).eps)),
+            (errors, change.add_(length, alpha=ROUNDINGS * torch.finfo(result.dtype).eps)),
         ]
         self._rows, self._mixed, self._entered, self._inputs = None, None, [], ()
 

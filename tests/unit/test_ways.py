@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import runtime.denoising
+import runtime.text_encoder
 import runtime.transformer
 from runtime.errors import OutputCheckError, RequestError
 from runtime.guard import Fault, judge
@@ -350,6 +351,29 @@ def test_text_states_that_are_not_finite_are_made_again(
     monkeypatch.setattr(TextEncoder, "forward", lambda *args: forward(*args) * float("nan"))
     with pytest.raises(OutputCheckError, match="text states are not finite"):
         outcome(load())
+
+
+@pytest.mark.parametrize("name", ["norm_of", "add_norm", "gelu_for"])
+@pytest.mark.parametrize("kind", ["zeros", "moved", "nan"])
+def test_text_states_of_kernels_that_are_wrong_are_made_again(
+    name: str, kind: str, load: Callable[..., Pipeline], usual: Video, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite or not: a block of the encoder says so, and the states are those of plain kernels."""
+    right = getattr(runtime.text_encoder, name)
+
+    def bad(*args: Any) -> Any:
+        made = right(*args)
+        if launch._twins_only:
+            return made
+        rows = made[1] if isinstance(made, tuple) else made
+        wrong = {"zeros": rows * 0, "moved": rows.roll(1, -1), "nan": rows * float("nan")}[kind]
+        return (made[0], wrong) if isinstance(made, tuple) else wrong
+
+    monkeypatch.setattr(runtime.text_encoder, name, bad)
+    pipe = load(fused=True)
+    video, notes = outcome(pipe)
+    assert np.array_equal(video.frames, usual.frames) and "text encoder went wrong" in notes[0]
+    assert video.metadata["ways"]["kernels"] == "plain" and pipe.ways._memory.avoided() == {FUSED_KERNELS}
 
 
 # --------------------------------------------------------------------------------------------------- choosing
