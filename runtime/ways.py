@@ -21,10 +21,10 @@ import torch
 from runtime.errors import RequestError
 from runtime.guard import Fault
 from runtime.kernels.launch import trouble, twins
+from runtime.layers.attending import Attending
 from runtime.layers.backends import (
     BACKENDS,
     LAST_RESORT,
-    Attending,
     Choice,
     check_name,
     choose,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from runtime.layers.backends import Attending
+from runtime.layers.attending import Attending
 from runtime.transformer import Block, Transformer
 from runtime.ways import Ways
 

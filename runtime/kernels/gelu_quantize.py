@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from runtime.kernels.launch import fused, jit, on, row_parts, rows_of, tl, warps_for
-from runtime.kernels.row_quantize import row_quantize_torch
+from runtime.kernels.launch import fused, jit, rows_of, tl
+from runtime.kernels.row_quantize import launch_rows, row_quantize_torch
 from runtime.kernels.rows import store_row
 
 
@@ -42,29 +42,11 @@ def gelu_quantize_triton(
     h: Tensor, dtype: torch.dtype, factor: Tensor | None = None, warps: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The kernel; `warps` 0 takes the number that suits F."""
-    rows = rows_of(h)
-    count, width = rows.shape
     if factor is not None and factor.shape != h.shape:
         raise ValueError(f"factor has shape {tuple(factor.shape)}, expected that of h, {tuple(h.shape)}")
-    q = torch.empty(h.shape, dtype=dtype, device=h.device)
-    scale = torch.empty((*h.shape[:-1], 1), dtype=torch.float32, device=h.device)
-    main, tail = row_parts(width)
-    if count:
-        with on(h):
-            _gelu_quantize_kernel[(count,)](
-                rows,
-                rows if factor is None else rows_of(factor, "factor"),
-                q,
-                scale,
-                WIDTH=width,
-                MAIN=main,
-                TAIL=tail,
-                GATES=factor is not None,
-                INTEGER=dtype == torch.int8,
-                num_warps=warps or warps_for(width),
-                enable_fp_fusion=True,
-            )
-    return q, scale
+    beside = rows_of(h) if factor is None else rows_of(factor, "factor")
+    gates = factor is not None
+    return launch_rows(_gelu_quantize_kernel, h, dtype, warps, fuse=True, beside=(beside,), GATES=gates)
 
 
 @jit

@@ -58,9 +58,19 @@ def row_quantize_triton(x: Tensor, dtype: torch.dtype, warps: int = 0) -> tuple[
 
 
 def launch_rows(
-    kernel: Any, x: Tensor, dtype: torch.dtype, warps: int, *, fuse: bool
+    kernel: Any,
+    x: Tensor,
+    dtype: torch.dtype,
+    warps: int,
+    *,
+    fuse: bool,
+    beside: tuple[Tensor, ...] = (),
+    **constants: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run a kernel that makes 8-bit rows and their scales of the rows of x; fuse: multiply-adds may be."""
+    """Run a kernel that makes 8-bit rows and their scales of the rows of x.
+
+    fuse: multiply-adds may be. beside, constants: what the kernel takes more, after x and by name.
+    """
     rows = rows_of(x)
     count, width = rows.shape
     q = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -70,6 +80,7 @@ def launch_rows(
         with on(x):
             kernel[(count,)](
                 rows,
+                *beside,
                 q,
                 scale,
                 WIDTH=width,
@@ -78,6 +89,7 @@ def launch_rows(
                 INTEGER=dtype == torch.int8,
                 num_warps=warps or warps_for(width),
                 enable_fp_fusion=fuse,
+                **constants,
             )
     return q, scale
 

@@ -38,7 +38,7 @@ from runtime.errors import RequestError, first_line
 from runtime.kernels.tune import Timing, in_a_row, time_candidates
 from runtime.layers import cudnn_fp8, hopper_fp8, sage
 from runtime.layers.attention import Run
-from runtime.layers.compact_qk import MixCompact, QKScales, RunCompact
+from runtime.layers.compact_qk import RunCompact
 from runtime.layers.packages import package
 
 PROOF_LENGTHS = (1, 63, 65, 513, 1000)
@@ -426,27 +426,6 @@ def named(name: str, device: torch.device) -> Run:
     if run is None:
         raise RequestError(f"attention {name!r} is not available here: use --attention auto")
     return run
-
-
-class Attending:
-    """A backend as a model's blocks take it (an `Attend`): it may take the memory of its inputs.
-
-    compact: what `compact_qk.compact_of` finds.
-    """
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        """Raises RequestError for a backend that is missing on this device."""
-        run, backend = named(name, device), BACKENDS[name]
-        self._run, self._run_compact = backend.over or run, backend.compact
-        self.compact: MixCompact | None = None if backend.compact is None else self._of_compact
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `attend`."""
-        return self._run(q, k, v, q.shape[-1] ** -0.5)
-
-    def _of_compact(self, q8: Tensor, k8: Tensor, v: Tensor, scales: QKScales) -> Tensor:
-        assert self._run_compact is not None
-        return self._run_compact(q8, k8, v, scales, q8.shape[-1] ** -0.5, v)
 
 
 def _must(name: str, device: torch.device) -> Run:

@@ -13,6 +13,7 @@ from demo import eight_bits, quality
 from runtime.kernels import attention_quantize, channel_spread
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, compact_qk, hopper_fp8
+from runtime.layers.attending import Attending
 from runtime.layers.attention import attend
 from runtime.layers.compact_qk import FEWEST, QKScales, compact_rows, levels_of, restored, some_tokens
 from runtime.layers.norm import RMSNorm
@@ -283,12 +284,12 @@ def test_compact_attention_is_as_close_as_the_other(monkeypatch: pytest.MonkeyPa
 
 def test_a_backend_says_whether_it_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    assert backends.Attending("sdpa", device).compact is None
+    assert Attending("sdpa", device).compact is None
     monkeypatch.setattr(hopper_fp8, "_kernel", lambda: SimpleNamespace())
     monkeypatch.setattr(backends, "capability_of", lambda _: (9, 0))
     backends.available.cache_clear()
     try:
-        assert compact_qk.compact_of(backends.Attending("hopper-fp8", device)) is not None
+        assert compact_qk.compact_of(Attending("hopper-fp8", device)) is not None
     finally:
         backends.available.cache_clear()
     assert {name for name, one in backends.BACKENDS.items() if one.compact is not None} == costs.COMPACT

@@ -19,6 +19,7 @@ from runtime.kernels import channel_spread, launch
 from runtime.kernels.attention_in_columns import attend_torch
 from runtime.kernels.launch import E4M3
 from runtime.layers import backends, hopper_fp8
+from runtime.layers.attending import Attending
 from runtime.layers.attention import attend
 from tests.live_memory import peak_of
 from tests.unit.test_cudnn_fp8 import distance, lifelike, random
@@ -307,7 +308,7 @@ def test_it_is_proven_like_the_others(calls: list[torch.Size], monkeypatch: pyte
         print(proof)
         assert proof.ok and proof.distance > 0.004 and (128, 3, 128) in calls
         assert backends.named("hopper-fp8", CPU) is hopper_fp8.run
-        assert backends.Attending("hopper-fp8", CPU)._run is hopper_fp8.run_over
+        assert Attending("hopper-fp8", CPU)._run is hopper_fp8.run_over
         assert "heads of 96" in backends.prove("hopper-fp8", CPU, head_dim=96).reason
         monkeypatch.setattr(hopper_fp8, "_kernel", lambda: kernel)  # which refuses these before any launch
         assert "heads of 64, expected 128" in backends.prove("hopper-fp8", CPU, head_dim=64).reason
